@@ -1,0 +1,6 @@
+"""Sequence and channel mixers; importing the package registers them all."""
+
+from lightbulb.mixers.channel import mlp, switch
+from lightbulb.mixers.token import attention
+
+__all__ = ["attention", "mlp", "switch"]

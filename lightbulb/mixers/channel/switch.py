@@ -1,0 +1,112 @@
+"""Mixture of SwiGLU experts behind a token-choice top-k router.
+
+Switch Transformer (Fedus et al. 2021, arXiv:2101.03961) with the dropless default of MegaBlocks (Gale et al. 2022,
+arXiv:2211.15841); a capacity is optional. Experts are spread over the expert axis, and each expert's hidden features
+are split over the tensor axis.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from lightbulb.config import Cost
+from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context
+from lightbulb.nn.groups import enter_tensor_region, exit_tensor_region, expert_axis, tensor_axis
+from lightbulb.nn.grouped import grouped_linear
+from lightbulb.nn.parameter import Init, Logical, make_parameter
+from lightbulb.registry import register
+from lightbulb.routing.dispatch import capacity, combine, dispatch
+from lightbulb.routing.router import Router, RouterConfig
+
+
+@register("channel_mixer", "switch")
+class SwitchConfig(ChannelMixerConfig):
+    """Top-k mixture of SwiGLU experts."""
+
+    type: Literal["switch"] = "switch"
+    num_experts: int = Field(ge=1)
+    """Experts over all ranks."""
+    hidden_dim: int = Field(ge=1)
+    """Width of each expert's gated hidden layer."""
+    router: RouterConfig = RouterConfig()
+    """How tokens choose."""
+    capacity_factor: float | None = Field(None, gt=0)
+    """Rows an expert accepts per rank and micro-batch, as a multiple of an even share; None drops nothing."""
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> "SwitchConfig":
+        if self.router.top_k > self.num_experts:
+            raise ValueError(f"router.top_k {self.router.top_k} exceeds num_experts {self.num_experts}; lower top_k")
+        return self
+
+    def build(self, dim: int, init: Init) -> "Switch":
+        return Switch(self, dim, init)
+
+    def cost(self, dim: int) -> Cost:
+        expert = 3 * dim * self.hidden_dim
+        router = self.num_experts * dim
+        active = self.router.top_k * expert + router
+        return Cost(self.num_experts * expert + router, active, 2.0 * active)
+
+    def check_tensor_parallel(self, degree: int) -> None:
+        if self.hidden_dim % degree:
+            raise ValueError(
+                f"hidden_dim {self.hidden_dim} cannot be split over parallel.tensor {degree}; choose a multiple of {degree}"
+            )
+
+    def check_expert_parallel(self, degree: int) -> None:
+        if self.num_experts % degree:
+            raise ValueError(
+                f"num_experts {self.num_experts} cannot be split over parallel.expert {degree}; choose a divisor"
+            )
+
+
+class SwiGLUExperts(nn.Module):
+    """The local experts: ``[rows sorted by expert]`` in, the same rows out, partial sums over the tensor axis."""
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, init: Init):
+        super().__init__()
+        tensor, expert = tensor_axis(), expert_axis()
+        self.gate_up = make_parameter(
+            Logical((num_experts, 2, hidden_dim, dim), init.std, 2, tensor, expert, is_expert=True)
+        )
+        self.down = make_parameter(
+            Logical((num_experts, dim, hidden_dim), init.output_std, 2, tensor, expert, is_expert=True)
+        )
+
+    def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """``rows [R, dim]``; ``counts`` rows for each local expert."""
+        gate, up = grouped_linear(rows, self.gate_up.flatten(1, 2), counts).chunk(2, dim=-1)
+        return grouped_linear(silu(gate) * up, self.down, counts)
+
+
+class Switch(ChannelMixer):
+    """Route, dispatch, compute, combine."""
+
+    def __init__(self, config: SwitchConfig, dim: int, init: Init):
+        super().__init__()
+        self.config = config
+        self.tensor = tensor_axis()
+        self.expert = expert_axis()
+        self.router = Router(config.router, config.num_experts, dim, init)
+        self.experts = SwiGLUExperts(config.num_experts, dim, config.hidden_dim, init)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        routing = self.router(tokens)
+        # Each tensor rank sees a part of every expert's hidden features, so the gradients of tokens and gates are
+        # partial sums inside this region.
+        tokens = enter_tensor_region(tokens, self.tensor)
+        gates = enter_tensor_region(routing.gates, self.tensor)
+        rows, plan = dispatch(tokens, routing, self.config.num_experts, self.expert, self._limit(len(tokens)))
+        mixed = combine(self.experts(rows, plan.counts), gates, plan)
+        return exit_tensor_region(mixed, self.tensor).view_as(x)
+
+    def _limit(self, tokens: int) -> int | None:
+        factor = self.config.capacity_factor
+        if factor is None or not (self.training and torch.is_grad_enabled()):
+            return None
+        return capacity(tokens, self.config.router.top_k, self.config.num_experts, factor)

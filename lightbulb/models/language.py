@@ -1,0 +1,211 @@
+"""Decoder language model: embedding, a cycled pattern of blocks, norm, head.
+
+A model built for one pipeline stage holds that stage's layers only, under the same global names; with the default
+stage it is the whole model.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+import lightbulb.mixers  # noqa: F401  (registers the parts a pattern can name)
+from lightbulb.config import Config, Cost
+from lightbulb.mixers.base import Context, ModelState
+from lightbulb.models.block import Block, BlockConfig
+from lightbulb.nn.cross_entropy import linear_cross_entropy
+from lightbulb.nn.embedding import VocabParallelEmbedding
+from lightbulb.nn.groups import enter_tensor_region, gather_last_dim, tensor_axis
+from lightbulb.nn.norm import RMSNorm
+from lightbulb.nn.parameter import Init, Logical, make_parameter
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The part of a model one pipeline stage holds: layers ``first`` to ``last - 1``, embedding, head."""
+
+    first: int
+    last: int
+    has_embedding: bool
+    has_head: bool
+
+
+class LanguageConfig(Config):
+    """A causal language model."""
+
+    type: Literal["language"] = "language"
+    vocab_size: int = Field(ge=2)
+    """Rows of the embedding; at least the tokenizer's number of ids."""
+    dim: int = Field(ge=2)
+    """Width of the residual stream."""
+    num_layers: int = Field(ge=1)
+    """Blocks."""
+    context_length: int = Field(ge=2)
+    """Longest sequence the model is trained on."""
+    block_pattern: list[BlockConfig] = Field(min_length=1)
+    """Blocks, repeated in this order until there are ``num_layers``."""
+    tie_embeddings: bool = False
+    """The head uses the embedding's rows."""
+    norm_eps: float = Field(1e-6, gt=0)
+    """Epsilon of the norms."""
+    init_std: float | None = Field(None, gt=0)
+    """Standard deviation of the initial weights; None for sqrt(2 / (5 dim)) (Nguyen and Salazar 2019)."""
+
+    @model_validator(mode="after")
+    def _pattern_divides(self) -> "LanguageConfig":
+        if self.num_layers % len(self.block_pattern):
+            raise ValueError(
+                f"block_pattern has {len(self.block_pattern)} blocks, which does not divide num_layers "
+                f"{self.num_layers}; make num_layers a multiple of it"
+            )
+        self.cost()  # parts check their own widths against dim here, before anything is built
+        return self
+
+    def layer(self, index: int) -> BlockConfig:
+        """The config of one layer."""
+        return self.block_pattern[index % len(self.block_pattern)]
+
+    def init(self) -> Init:
+        """Initial standard deviations; what writes to the residual stream shrinks with depth."""
+        std = self.init_std or math.sqrt(0.4 / self.dim)
+        return Init(std, std / math.sqrt(2 * self.num_layers))
+
+    def layer_costs(self) -> list[Cost]:
+        """Cost of each block."""
+        return [self.layer(i).cost(self.dim, self.context_length) for i in range(self.num_layers)]
+
+    def head_cost(self) -> Cost:
+        """Cost of the final norm and the head."""
+        table = self.vocab_size * self.dim
+        params = self.dim + (0 if self.tie_embeddings else table)
+        return Cost(params, params + (table if self.tie_embeddings else 0), 2.0 * table)
+
+    def cost(self) -> Cost:
+        """The whole model. A token uses one row of the embedding, which counts as no active parameters."""
+        embedding = Cost(self.vocab_size * self.dim, 0, 0.0)
+        return sum(self.layer_costs(), embedding) + self.head_cost()
+
+    def check_parallel(self, tensor: int, pipeline: int, expert: int) -> None:
+        """Raise ValueError, naming field, value and fix, when the model cannot be split that way."""
+        if self.vocab_size % tensor:
+            raise ValueError(
+                f"model.vocab_size {self.vocab_size} cannot be split over parallel.tensor {tensor}; "
+                f"raise it to {math.ceil(self.vocab_size / tensor) * tensor} (unused ids are harmless)"
+            )
+        if self.num_layers < pipeline:
+            raise ValueError(f"parallel.pipeline {pipeline} exceeds model.num_layers {self.num_layers}; lower it")
+        routed = []
+        for index, block in enumerate(self.block_pattern):
+            for part, config in (("token", block.token), ("channel", block.channel)):
+                try:
+                    config.check_tensor_parallel(tensor)
+                    if part == "channel":
+                        block.channel.check_expert_parallel(expert)
+                except ValueError as error:
+                    raise ValueError(f"model.block_pattern.{index}.{part}.{error}") from None
+            routed.append(hasattr(block.channel, "num_experts"))
+        if expert > 1 and not any(routed):
+            raise ValueError(f"parallel.expert {expert} has no effect: no block has experts; set parallel.expert: 1")
+
+    def build(self, stage: Stage | None = None) -> "LanguageModel":
+        """The model, or one stage of it, uninitialised."""
+        return LanguageModel(self, stage or Stage(0, self.num_layers, True, True))
+
+
+class LanguageModel(nn.Module):
+    """Tokens to hidden states, logits or losses.
+
+    The attributes ``pre_process``, ``post_process``, ``share_embeddings_and_output_weights`` and the method
+    ``set_input_tensor`` are what Megatron-core's pipeline schedules and gradient finalisation ask a stage for.
+    """
+
+    def __init__(self, config: LanguageConfig, stage: Stage):
+        super().__init__()
+        self.config = config
+        self.context_length = config.context_length
+        self.axis = tensor_axis()
+        self.pre_process = stage.has_embedding
+        self.post_process = stage.has_head
+        self.share_embeddings_and_output_weights = config.tie_embeddings
+        self._input: Tensor | None = None
+        init = config.init()
+        if stage.has_embedding or (stage.has_head and config.tie_embeddings):
+            self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, init.std)
+        self.blocks = nn.ModuleDict(
+            {
+                str(i): config.layer(i).build(config.dim, config.context_length, config.norm_eps, init)
+                for i in range(stage.first, stage.last)
+            }
+        )
+        if stage.has_head:
+            self.norm = RMSNorm(config.dim, config.norm_eps)
+            if config.tie_embeddings and not stage.has_embedding:
+                # A copy of the first stage's table: its gradient is added to the original's, its norm not counted.
+                self.embedding.weight.shared = True  # type: ignore[attr-defined]
+            if not config.tie_embeddings:
+                logical = Logical((config.vocab_size, config.dim), init.std, tensor_dim=0, tensor=self.axis)
+                self.head = make_parameter(logical)
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        """Give a later pipeline stage the hidden states of the one before."""
+        self._input = tensors[0]
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied table on the stages that hold it."""
+        return self.embedding.weight if self.config.tie_embeddings and hasattr(self, "embedding") else None
+
+    def head_weight(self) -> Tensor:
+        """This tensor rank's rows of the head."""
+        return self.embedding.weight if self.config.tie_embeddings else self.head
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+        """One pass over whole contexts.
+
+        Args:
+            tokens: ``[batch, length]``.
+            labels: ``[batch, length]`` next tokens, or IGNORE; with labels the last stage returns losses.
+            document_ids: ``[batch, length]`` to keep documents apart, or None.
+
+        Returns:
+            Losses ``[batch, length]`` in nats; logits ``[batch, length, vocab]`` float32 without labels; hidden
+            states ``[length, batch, dim]`` on a stage without the head.
+        """
+        context = Context(torch.arange(tokens.shape[1], device=tokens.device), document_ids)
+        x = self._input if not self.pre_process else self.embedding(tokens)
+        assert x is not None
+        for block in self.blocks.values():
+            x, _ = block(x, context)
+        if not self.post_process:
+            return x
+        x = self.norm(x)
+        if labels is None:
+            return self._logits(x)
+        losses = linear_cross_entropy(x.flatten(0, 1), self.head_weight(), labels.t().flatten(), self.axis)
+        return losses.view(labels.shape[1], labels.shape[0]).t()
+
+    def init_state(self, batch_size: int, max_length: int) -> ModelState:
+        """Empty decode state of every layer, for sequences up to ``max_length``."""
+        weight = self.head_weight()
+        blocks: dict[str, Block] = dict(self.blocks.items())  # type: ignore[arg-type]
+        state: ModelState = {
+            name: block.token.init_state(batch_size, max_length, weight.device, weight.dtype)
+            for name, block in blocks.items()
+        }
+        return state | {"position": 0}
+
+    def decode(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Continue the sequences in ``state`` by ``tokens [batch, length]``: logits ``[batch, length, vocab]``."""
+        start, length = state["position"], tokens.shape[1]
+        context = Context(torch.arange(start, start + length, device=tokens.device))
+        updated: ModelState = {"position": start + length}
+        x = self.embedding(tokens)
+        for name, block in self.blocks.items():
+            x, updated[name] = block(x, context, state[name])
+        return self._logits(self.norm(x)), updated
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = enter_tensor_region(x, self.axis) @ self.head_weight().t()
+        return gather_last_dim(logits.transpose(0, 1), self.axis).float()

@@ -1,0 +1,33 @@
+"""Token embedding with the vocabulary split over the tensor axis."""
+
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from lightbulb.nn.groups import exit_tensor_region, tensor_axis
+from lightbulb.nn.parameter import Logical, make_parameter
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Looks tokens up in a table whose rows are split over the tensor axis.
+
+    Args:
+        vocab_size: rows of the logical table; divisible by the tensor degree.
+        dim: width of a row.
+        std: standard deviation of the initial rows.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, std: float):
+        super().__init__()
+        self.axis = tensor_axis()
+        self.weight = make_parameter(Logical((vocab_size, dim), std, tensor_dim=0, tensor=self.axis))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``tokens [batch, length]`` to ``[length, batch, dim]``, whole on every tensor rank."""
+        tokens = tokens.t()
+        if self.axis.group is None:
+            return embedding(tokens, self.weight)
+        rows = self.weight.shape[0]
+        local = tokens - self.axis.rank * rows
+        mine = (local >= 0) & (local < rows)
+        found = embedding(local.clamp(0, rows - 1), self.weight) * mine[..., None]
+        return exit_tensor_region(found, self.axis)

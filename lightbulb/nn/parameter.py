@@ -1,0 +1,115 @@
+"""Parameters that know which part of which logical tensor they are.
+
+A layer creates its local shard with :func:`make_parameter`. The attached :class:`Logical` record is all that
+initialisation, checkpoints and the layout proof need: names and shapes of the *logical* tensors are the same on
+every layout, so weights can be seeded, saved, compared and loaded without knowing how they were split.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightbulb.nn.groups import SINGLE, Axis
+
+
+@dataclass(frozen=True)
+class Init:
+    """Standard deviations of the initial weights: of ordinary matrices, and of those that write to the residual
+    stream (smaller, so that depth does not grow its variance; GPT-2, Radford et al. 2019)."""
+
+    std: float
+    output_std: float
+
+
+@dataclass(frozen=True)
+class Logical:
+    """How a local parameter lies in its logical tensor.
+
+    Attributes:
+        shape: shape of the logical tensor.
+        std: standard deviation of the initial values; None for ones (norm weights).
+        tensor_dim: dimension split over the tensor axis, or None when replicated.
+        tensor: the tensor axis.
+        expert: the expert axis, which splits dimension 0 when ``is_expert``.
+        is_expert: dimension 0 counts experts.
+        keep_fp32: stays in float32 when the model is cast to bfloat16.
+    """
+
+    shape: tuple[int, ...]
+    std: float | None
+    tensor_dim: int | None = None
+    tensor: Axis = SINGLE
+    expert: Axis = SINGLE
+    is_expert: bool = False
+    keep_fp32: bool = False
+
+    def slices(self) -> tuple[slice, ...]:
+        """The part of the logical tensor this rank holds."""
+        parts = [slice(0, size) for size in self.shape]
+        if self.is_expert:
+            parts[0] = _part(self.shape[0], self.expert)
+        if self.tensor_dim is not None:
+            parts[self.tensor_dim] = _part(self.shape[self.tensor_dim], self.tensor)
+        return tuple(parts)
+
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the local tensor."""
+        return tuple(part.stop - part.start for part in self.slices())
+
+
+def _part(size: int, axis: Axis) -> slice:
+    if size % axis.size:
+        raise ValueError(f"a dimension of {size} cannot be split over {axis.size} ranks; choose a divisor of {size}")
+    step = size // axis.size
+    return slice(axis.rank * step, (axis.rank + 1) * step)
+
+
+def make_parameter(logical: Logical) -> nn.Parameter:
+    """An uninitialised local parameter, marked for Megatron-core's gradient reduction and norm."""
+    parameter = nn.Parameter(torch.empty(logical.local_shape()))
+    annotate(parameter, logical)
+    return parameter
+
+
+def annotate(parameter: nn.Parameter, logical: Logical) -> None:
+    """Attach the record and Megatron-core's attributes (`allreduce`: reduced over the whole data axis;
+    `tensor_model_parallel`: distinct on each tensor rank, so counted once per rank in the gradient norm)."""
+    parameter.logical = logical  # type: ignore[attr-defined]
+    parameter.allreduce = not (logical.is_expert and logical.expert.size > 1)  # type: ignore[attr-defined]
+    parameter.tensor_model_parallel = logical.tensor_dim is not None  # type: ignore[attr-defined]
+    parameter.partition_dim = -1 if logical.tensor_dim is None else logical.tensor_dim  # type: ignore[attr-defined]
+    parameter.partition_stride = 1  # type: ignore[attr-defined]
+
+
+def logical_of(parameter: nn.Parameter) -> Logical:
+    """The record attached by :func:`make_parameter`."""
+    return parameter.logical  # type: ignore[attr-defined]
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fill every parameter from its global name and the seed, the same on every layout.
+
+    The logical tensor is drawn on the CPU, expert by expert, and the local part is kept: what a rank holds does not
+    depend on how many ranks there are.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_local_values(name, logical_of(parameter), seed))
+
+
+def _local_values(name: str, logical: Logical, seed: int) -> Tensor:
+    if logical.std is None:
+        return torch.ones(logical.local_shape())
+    slices = logical.slices()
+    if not logical.is_expert:
+        return _draw(f"{name}", logical.shape, logical.std, seed)[slices]
+    experts = range(slices[0].start, slices[0].stop)
+    return torch.stack([_draw(f"{name}[{e}]", logical.shape[1:], logical.std, seed)[slices[1:]] for e in experts])
+
+
+def _draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -1,0 +1,274 @@
+"""The engine: one model on any layout, driven by Megatron-core's schedules, buckets and optimizer.
+
+Gradients are sums over tokens, divided once by the number of predicted tokens of the *global* batch; with that and
+sum-shaped auxiliary losses, micro-batch size and every parallel degree leave the gradient unchanged.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from lightbulb.models.language import LanguageConfig, LanguageModel
+from lightbulb.nn.cross_entropy import IGNORE
+from lightbulb.nn.parameter import initialise, logical_of
+from lightbulb.parallel import megatron_cpu
+from lightbulb.parallel.host import Precision
+from lightbulb.parallel.optimizer import OptimizerConfig, build_optimizer, parts, read_state, write_state
+from lightbulb.parallel.pipeline_cut import language_stages
+from lightbulb.parallel.topology import ParallelConfig, destroy_groups, initialize_groups
+from lightbulb.routing.balance import summarise
+from lightbulb.routing.router import Router
+
+
+@dataclass
+class StepResult:
+    """What one step did, the same on every rank.
+
+    Attributes:
+        loss: mean negative log-likelihood of the global batch, nats per token.
+        tokens: predicted tokens.
+        grad_norm: norm of the global gradient before clipping.
+        clip_coefficient: factor the gradient was scaled by.
+        applied: False when the gradient was not finite and the update was skipped on all ranks.
+        routers: per MoE layer: load per expert, balance loss, z-loss, entropy.
+    """
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    clip_coefficient: float
+    applied: bool
+    routers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Engine:
+    """A model chunk on this rank with everything needed to train it.
+
+    ``torch.distributed`` must be initialised. The engine creates the process groups of its layout; :meth:`close`
+    forgets them.
+
+    Args:
+        model: the model's config.
+        parallel: degrees, already resolved for this world size.
+        optimizer: AdamW settings.
+        precision: dtype of weights and activations; masters, moments and gradient sums are always float32.
+        seed: seeds the initial weights.
+        device: where this rank computes.
+    """
+
+    def __init__(
+        self,
+        model: LanguageConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        precision: Precision,
+        seed: int,
+        device: torch.device,
+    ):
+        model.check_parallel(parallel.tensor, parallel.pipeline, parallel.expert)
+        megatron_cpu.install()
+        initialize_groups(parallel)
+        self.model_config, self.parallel, self.optimizer_config = model, parallel, optimizer
+        self.device = device
+        self.optimizer_step = 0
+        stage = language_stages(model, parallel.pipeline)[parallel_state.get_pipeline_model_parallel_rank()]
+        self.model: LanguageModel = model.build(stage)
+        initialise(self.model, seed)
+        _cast(self.model.to(device), precision)
+        self.model.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]
+        self.ddp = self._wrap(precision)
+        self.optimizer = build_optimizer(optimizer, self.ddp, precision, parallel.distributed_optimizer)
+        self._schedule = get_forward_backward_func()
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the samples this rank reads."""
+        return parallel_state.get_data_parallel_rank()
+
+    def train_step(self, batches: list[Any], lr: float) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one update.
+
+        Args:
+            batches: micro-batches with ``tokens``, ``labels`` ``[batch, length]`` and ``document_ids`` or None; all
+                of one shape, the same number on every rank.
+            lr: learning rate of this step.
+        """
+        self.forward_backward(batches)
+        result = self._collect()
+        self.optimizer.prepare_grads()
+        result.grad_norm = float(self.optimizer.get_grad_norm())
+        result.applied = math.isfinite(result.grad_norm) and math.isfinite(result.loss)
+        if result.applied:
+            result.clip_coefficient = min(1.0, self.optimizer_config.clip_grad / (result.grad_norm + 1e-6))
+            self._update(result.grad_norm, lr)
+            self._set_router_loads(result)
+        return result
+
+    def forward_backward(self, batches: list[Any]) -> None:
+        """Accumulate and reduce the gradients of a global batch, without updating anything."""
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._losses = self._run(batches, forward_only=False)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Any]) -> tuple[float, int]:
+        """Summed negative log-likelihood and number of predicted tokens over all ranks' batches."""
+        self.ddp.eval()
+        self._losses = self._run(batches, forward_only=True)
+        result = self._collect()
+        return result.loss * result.tokens, result.tokens
+
+    def close(self) -> None:
+        """Forget the process groups."""
+        destroy_groups()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Global names and local parameters, without the second copy of a tied table."""
+        for name, parameter in self.model.named_parameters():
+            if not getattr(parameter, "shared", False):
+                yield name, parameter
+
+    def routers(self) -> Iterator[tuple[str, Router]]:
+        """Global names of this stage's routers."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Router):
+                yield name, module
+
+    def replicas(self, parameter: nn.Parameter) -> dist.ProcessGroup:
+        """The ranks that hold the same part of a parameter and share its optimizer state."""
+        if parameter.allreduce:  # type: ignore[attr-defined]
+            return parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return parallel_state.get_expert_data_parallel_group()
+
+    def read_parameter(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Master weight and moments of the local parameter, gathered from its replicas (a collective over them)."""
+        state = read_state(parts(self.optimizer, parameter), parameter)
+        if self.parallel.distributed_optimizer:
+            for tensor in state.values():  # each element is nonzero on one replica, so the sum is exact
+                dist.all_reduce(tensor, group=self.replicas(parameter))
+        return {name: tensor.view(parameter.shape) for name, tensor in state.items()}
+
+    def write_parameter(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`read_parameter`; no communication."""
+        write_state(parts(self.optimizer, parameter), parameter, state, self.optimizer_step)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The reduced gradient of the local parameter, gathered from its replicas (a collective over them)."""
+        gradient = parameter.main_grad.detach().float().clone()  # type: ignore[attr-defined]
+        if self.parallel.distributed_optimizer:
+            part = parts(self.optimizer, parameter)
+            kept = torch.zeros_like(gradient).flatten()
+            if part is not None:
+                kept[part.start : part.stop] = gradient.flatten()[part.start : part.stop]
+            dist.all_reduce(kept, group=self.replicas(parameter))
+            gradient = kept.view_as(gradient)
+        return gradient
+
+    def _wrap(self, precision: Precision) -> DistributedDataParallel:
+        config = TransformerConfig(
+            num_layers=self.model_config.num_layers,
+            hidden_size=self.model_config.dim,
+            num_attention_heads=self.parallel.tensor,
+            tensor_model_parallel_size=self.parallel.tensor,
+            pipeline_model_parallel_size=self.parallel.pipeline,
+            pipeline_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            bf16=precision == "bf16",
+            calculate_per_token_loss=True,
+            finalize_model_grads_func=finalize_model_grads,
+            gradient_accumulation_fusion=False,
+        )
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=self.parallel.distributed_optimizer,
+            overlap_grad_reduce=self.device.type == "cuda",
+        )
+        wrapped = DistributedDataParallel(config, settings, self.model)
+        config.no_sync_func = wrapped.no_sync
+        return wrapped
+
+    def _run(self, batches: list[Any], forward_only: bool) -> list[Tensor]:
+        batch, length = batches[0].tokens.shape
+        return self._schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(batches),
+            model=[self.ddp],
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=batch,
+            forward_only=forward_only,
+        )
+
+    def _forward_step(self, batches: Iterator[Any], model: nn.Module) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        tokens, labels = batch.tokens.to(self.device), batch.labels.to(self.device)
+        documents = None if batch.document_ids is None else batch.document_ids.to(self.device)
+        return model(tokens, labels, documents), partial(_sum_losses, labels)
+
+    def _collect(self) -> StepResult:
+        """Add losses and router statistics over micro-batches and ranks, in one all-reduce."""
+        routers = dict(self.routers())
+        width = max([2 * self._num_experts(i) + 3 for i in range(self.model_config.num_layers)])
+        table = torch.zeros(self.model_config.num_layers + 1, width, dtype=torch.float64, device=self.device)
+        for losses in self._losses:
+            table[-1, :2] += losses.double()
+        for name, router in routers.items():
+            sums = router.statistics.take(self.device)
+            table[_layer_of(name), : len(sums)] = sums
+        dist.all_reduce(table)
+        table = (table / self.parallel.tensor).cpu()  # tensor ranks all counted the same tokens
+        tokens = int(table[-1, 1])
+        result = StepResult(float(table[-1, 0]) / max(tokens, 1), tokens, 0.0, 1.0, applied=True)
+        for layer in range(self.model_config.num_layers):
+            if num_experts := self._num_experts(layer):
+                result.routers[str(layer)] = summarise(table[layer][: 2 * num_experts + 3], num_experts)
+        self._loads = table
+        return result
+
+    def _num_experts(self, layer: int) -> int:
+        return int(getattr(self.model_config.layer(layer).channel, "num_experts", 0))
+
+    def _set_router_loads(self, result: StepResult) -> None:
+        for name, router in self.routers():
+            router.set_load(self._loads[_layer_of(name), : router.num_experts].to(self.device))
+
+    def _update(self, grad_norm: float, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for link in self.optimizer.chained_optimizers:
+            if link.get_parameters():
+                clip_grad_by_total_norm_fp32(link.get_parameters(), self.optimizer_config.clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        self.optimizer_step += 1
+
+
+def _sum_losses(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Megatron's per-token contract: loss sum, token count, and what to report."""
+    total = losses.sum()
+    tokens = (labels != IGNORE).sum()
+    return total, tokens.to(torch.int), torch.stack([total.detach(), tokens.to(total.dtype)])
+
+
+def _cast(model: nn.Module, precision: Precision) -> None:
+    if precision == "bf16":
+        for parameter in model.parameters():
+            if not logical_of(parameter).keep_fp32:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _layer_of(module_name: str) -> int:
+    """``blocks.3.channel.router`` is in layer 3."""
+    return int(module_name.split(".")[1])

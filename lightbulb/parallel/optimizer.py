@@ -1,0 +1,130 @@
+"""AdamW through Megatron-core: fp32 master weights and moments, split over the data ranks.
+
+Besides building the optimizer, this file reads and writes its state parameter by parameter, whatever the layout:
+Megatron's own state formats follow its buckets, which change with every degree.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from pydantic import Field
+from torch import Tensor, nn
+
+from lightbulb.config import Config
+from lightbulb.parallel.host import Precision
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); norms and other vectors are not decayed."""
+
+    lr: float = Field(3e-4, gt=0, le=10)
+    """Peak learning rate."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay of matrices."""
+    clip_grad: float = Field(1.0, gt=0)
+    """Largest gradient norm; larger gradients are scaled down to it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of one parameter's optimizer state: ``[start, stop)`` of the flat local parameter."""
+
+    master: Tensor
+    start: int
+    stop: int
+    optimizer: torch.optim.Optimizer
+
+
+def build_optimizer(
+    config: OptimizerConfig, model: DistributedDataParallel, precision: Precision, distributed: bool
+) -> ChainedOptimizer:
+    """Megatron-core's optimizer over a model chunk (one chain link for shared parameters, one for experts)."""
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=precision == "bf16",
+            use_distributed_optimizer=distributed,
+        ),
+        [model],
+        use_gloo_process_groups=False,
+    )
+    if next(model.parameters()).device.type == "cpu":
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False  # one pass over memory instead of a dozen
+    return optimizer
+
+
+def parts(optimizer: ChainedOptimizer, parameter: nn.Parameter) -> Part | None:
+    """This rank's part of a parameter's state, or None when the other data ranks hold all of it."""
+    for link in optimizer.chained_optimizers:
+        found = _part(link, parameter)
+        if found is not None:
+            return found
+    return None
+
+
+def _part(link: MegatronOptimizer, parameter: nn.Parameter) -> Part | None:
+    if link.optimizer is None:
+        return None
+    if isinstance(link, DistributedOptimizer):
+        if parameter not in link.model_param_group_index_map:
+            return None
+        group, index = link.model_param_group_index_map[parameter]
+        span = link._get_model_param_range_map(parameter)["param"]
+        return Part(link.optimizer.param_groups[group]["params"][index], span.start, span.end, link.optimizer)
+    master = getattr(parameter, "main_param", parameter)
+    if not any(master is held for held in _held(link)):
+        return None
+    return Part(master, 0, parameter.numel(), link.optimizer)
+
+
+def _held(link: MegatronOptimizer) -> Iterator[Tensor]:
+    for group in link.optimizer.param_groups:
+        yield from group["params"]
+
+
+def read_state(part: Part | None, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Master weight and moments as flat float32 tensors of the whole local parameter, zero outside the part."""
+    state = {name: torch.zeros(parameter.numel(), device=parameter.device) for name in ("master", *MOMENTS)}
+    if part is not None:
+        span = slice(part.start, part.stop)
+        state["master"][span] = part.master.detach().flatten().float()
+        for name in MOMENTS:
+            if name in part.optimizer.state[part.master]:
+                state[name][span] = part.optimizer.state[part.master][name].flatten()
+    return state
+
+
+@torch.no_grad()
+def write_state(part: Part | None, parameter: nn.Parameter, state: dict[str, Tensor], step: int) -> None:
+    """Put whole local tensors back: the parameter from its master weight, the part of the state this rank holds."""
+    parameter.copy_(state["master"].view_as(parameter))
+    if part is None:
+        return
+    span = slice(part.start, part.stop)
+    part.master.copy_(state["master"].flatten()[span].view_as(part.master))
+    if step:
+        part.optimizer.state[part.master] = {
+            "step": torch.tensor(float(step), device=parameter.device if parameter.is_cuda else "cpu"),
+            **{name: state[name].flatten()[span].view_as(part.master).clone() for name in MOMENTS},
+        }

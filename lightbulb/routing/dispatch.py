@@ -1,0 +1,193 @@
+"""Moving tokens to experts and back, on one rank or over the expert axis.
+
+:func:`dispatch` sorts the (token, choice) pairs by expert, so that each expert's rows are contiguous; with an expert
+axis it exchanges rows by all-to-all with unequal splits, so that each rank receives the rows of its own experts.
+:func:`combine` brings the results back and adds them up with their gates. Experts know nothing of either.
+Permutations are gathers in both directions: the backward of a permutation is the inverse permutation, never a
+scatter-add.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import all_to_all_single
+
+from lightbulb.nn.groups import Axis
+from lightbulb.routing.router import Routing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one dispatch went, for the way back.
+
+    Attributes:
+        order: ``[kept]`` flat (token, choice) index of each sorted row; dropped pairs are not in it.
+        inverse: ``[T * k]`` sorted row of each pair; anything for dropped pairs.
+        kept: ``[T, k]`` bool, or None when nothing was dropped.
+        counts: rows per local expert after the exchange.
+        exchange: the all-to-all's splits, or None on one rank.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    kept: Tensor | None
+    counts: list[int]
+    exchange: "_Exchange | None"
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    axis: Axis
+    sent: list[int]
+    received: list[int]
+    by_expert: Tensor
+    by_source: Tensor
+
+
+def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int:
+    """Rows an expert accepts from one rank's micro-batch of ``tokens``."""
+    return math.ceil(factor * top_k * tokens / num_experts)
+
+
+def dispatch(x: Tensor, routing: Routing, num_experts: int, axis: Axis, limit: int | None) -> tuple[Tensor, Plan]:
+    """Rows for this rank's experts, sorted by expert.
+
+    Args:
+        x: ``[T, dim]`` tokens in time order: with a limit, later tokens are dropped before earlier ones, so that
+            dropping never depends on the future.
+        routing: the router's choice.
+        num_experts: number of experts over all ranks.
+        axis: the expert axis.
+        limit: rows an expert accepts from this rank, or None for all (dropless).
+
+    Returns:
+        ``[rows, dim]`` and the plan that :func:`combine` needs.
+    """
+    top_k = routing.experts.shape[1]
+    pairs = routing.experts.flatten()
+    kept = None
+    if limit is not None:
+        kept = _within_limit(pairs, num_experts, limit)
+        pairs = pairs.masked_fill(~kept, num_experts)
+    order = pairs.argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    counts = torch.bincount(pairs, minlength=num_experts)[:num_experts]
+    if kept is not None:
+        rows = int(counts.sum())
+        order, inverse, kept = order[:rows], inverse.clamp(max=max(rows - 1, 0)), kept.view(-1, top_k)
+    rows = _Spread.apply(x, order, inverse, kept, top_k)
+    if axis.group is None:
+        return rows, Plan(order, inverse, kept, counts.tolist(), None)
+    exchange, local_counts = _plan_exchange(counts, axis)
+    received = _AllToAll.apply(rows, exchange.received, exchange.sent, axis)
+    rows = _Permute.apply(received, exchange.by_expert, exchange.by_source)
+    return rows, Plan(order, inverse, kept, local_counts, exchange)
+
+
+def combine(rows: Tensor, gates: Tensor, plan: Plan) -> Tensor:
+    """``y[t] = sum_k gates[t, k] * result of its k-th expert``: ``[T, dim]`` in the rows' dtype."""
+    if plan.exchange is not None:
+        exchange = plan.exchange
+        rows = _Permute.apply(rows, exchange.by_source, exchange.by_expert)
+        rows = _AllToAll.apply(rows, exchange.sent, exchange.received, exchange.axis)
+    if plan.kept is not None:
+        gates = gates.masked_fill(~plan.kept, 0.0)
+    return _WeightedSum.apply(rows, gates, plan.order, plan.inverse)
+
+
+def _within_limit(pairs: Tensor, num_experts: int, limit: int) -> Tensor:
+    """``[T * k]`` bool: the pair is among the first ``limit`` of its expert."""
+    one_hot = torch.nn.functional.one_hot(pairs, num_experts)
+    return (one_hot.cumsum(0) * one_hot).sum(-1) <= limit
+
+
+def _plan_exchange(counts: Tensor, axis: Axis) -> tuple[_Exchange, list[int]]:
+    """Tell every rank how many rows to expect, and how to reorder them by expert once they are here."""
+    arriving = torch.empty_like(counts)
+    all_to_all_single(arriving, counts, group=axis.group)
+    by_source = arriving.view(axis.size, -1)
+    local_experts = by_source.shape[1]
+    expert_of_row = torch.arange(local_experts, device=counts.device).repeat(axis.size)
+    by_expert = expert_of_row.repeat_interleave(arriving).argsort(stable=True)
+    back = torch.empty_like(by_expert)
+    back[by_expert] = torch.arange(len(by_expert), device=counts.device)
+    sent = counts.view(axis.size, -1).sum(1).tolist()
+    exchange = _Exchange(axis, sent, by_source.sum(1).tolist(), by_expert, back)
+    return exchange, by_source.sum(0).tolist()
+
+
+class _Spread(torch.autograd.Function):
+    """Copy each token to the rows of its choices; backward adds the rows' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, kept: Tensor | None, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse, kept)
+        ctx.top_k = top_k
+        return x.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inverse, kept = ctx.saved_tensors
+        if len(grad) == 0:
+            return grad.new_zeros(len(inverse) // ctx.top_k, grad.shape[1]), None, None, None, None
+        parts = grad.index_select(0, inverse).view(-1, ctx.top_k, grad.shape[1])
+        if kept is not None:
+            parts = parts * kept[..., None]
+        return parts.sum(1), None, None, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Gather each token's rows and add them with the gates; the backward is a gather too."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, gates, order, inverse)
+        if len(rows) == 0:
+            return rows.new_zeros(len(gates), rows.shape[1])
+        parts = rows.index_select(0, inverse).view(*gates.shape, -1)
+        return (parts * gates.to(rows.dtype)[..., None]).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gates, order, inverse = ctx.saved_tensors
+        if len(rows) == 0:
+            return torch.zeros_like(rows), torch.zeros_like(gates), None, None
+        weights = gates.to(rows.dtype).flatten().index_select(0, order)
+        grad_rows = grad.index_select(0, order // gates.shape[1]) * weights[:, None]
+        parts = rows.index_select(0, inverse).view(*gates.shape, -1)
+        grad_gates = (parts.float() * grad.float()[:, None]).sum(-1)
+        return grad_rows, grad_gates, None, None
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, output_splits: list[int], input_splits: list[int], axis: Axis) -> Tensor:
+        ctx.splits, ctx.axis = (output_splits, input_splits), axis
+        return _exchange_rows(rows, output_splits, input_splits, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        output_splits, input_splits = ctx.splits
+        return _exchange_rows(grad, input_splits, output_splits, ctx.axis), None, None, None
+
+
+def _exchange_rows(rows: Tensor, output_splits: list[int], input_splits: list[int], axis: Axis) -> Tensor:
+    received = rows.new_empty(sum(output_splits), rows.shape[1])
+    all_to_all_single(received, rows.contiguous(), output_splits, input_splits, group=axis.group)
+    return received

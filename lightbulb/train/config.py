@@ -1,0 +1,85 @@
+"""The run file: everything a pretraining run needs, checked together before anything starts."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lightbulb.config import Config, ConfigError
+from lightbulb.data.config import DataConfig
+from lightbulb.models.language import LanguageConfig
+from lightbulb.parallel.optimizer import OptimizerConfig
+from lightbulb.parallel.topology import ParallelConfig
+from lightbulb.train.schedule import ScheduleConfig
+
+__all__ = ["RunConfig", "TrainConfig"]
+
+
+class TrainConfig(Config):
+    """Length, batch and bookkeeping of a run."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    global_batch_size: int = Field(ge=1)
+    """Contexts per step over all ranks."""
+    micro_batch_size: int = Field(ge=1)
+    """Contexts per forward pass of one rank."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Dtype of weights and activations; auto picks what the device is fast at. Masters and moments are fp32."""
+    log_every: int = Field(10, ge=1)
+    """Steps between lines on a console that is not a terminal."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between held-out evaluations; 0 evaluates at the end only."""
+    eval_contexts: int = Field(64, ge=1)
+    """Held-out contexts of an evaluation during training; the last one uses them all."""
+    save_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+    max_skipped_steps: int = Field(20, ge=1)
+    """Consecutive steps with non-finite gradients after which the run stops."""
+
+
+class RunConfig(Config):
+    """A pretraining run."""
+
+    run: str
+    """Folder of the run: config, metrics, checkpoints, report."""
+    seed: int = Field(1234, ge=0)
+    """Seeds initial weights and the order of the data."""
+    model: LanguageConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    prompts: list[str] = []
+    """Prompts to complete when the run ends."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "RunConfig":
+        if self.train.global_batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size {self.train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size {self.train.micro_batch_size}; choose a divisor"
+            )
+        return self
+
+    def resolve(self, world_size: int) -> "RunConfig":
+        """The config with its degrees filled in and checked against the model and the number of processes.
+
+        Raises:
+            ConfigError: naming field, value and fix.
+        """
+        parallel = self.parallel.resolve(world_size)
+        try:
+            self.model.check_parallel(parallel.tensor, parallel.pipeline, parallel.expert)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        data = parallel.data or 1
+        if self.train.global_batch_size % (self.train.micro_batch_size * data):
+            raise ConfigError(
+                f"train.global_batch_size {self.train.global_batch_size} is not a multiple of train.micro_batch_size "
+                f"{self.train.micro_batch_size} x parallel.data {data}; make it a multiple of "
+                f"{self.train.micro_batch_size * data}"
+            )
+        return self.model_copy(update={"parallel": parallel})

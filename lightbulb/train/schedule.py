@@ -1,0 +1,47 @@
+"""Learning-rate schedules as pure functions of the step.
+
+Warmup-stable-decay (MiniCPM, Hu et al. 2024, arXiv:2404.06395; 1-sqrt decay from Hägele et al. 2024,
+arXiv:2405.18392): a long constant phase from which any number of decays can be forked.
+"""
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lightbulb.config import Config
+
+
+class ScheduleConfig(Config):
+    """Warmup-stable-decay, in fractions of the run's steps."""
+
+    warmup: float = Field(0.02, ge=0, lt=1)
+    """Fraction of the steps over which the learning rate rises linearly from zero."""
+    decay: float = Field(0.2, ge=0, le=1)
+    """Fraction of the steps, at the end, over which it falls."""
+    shape: Literal["linear", "one_minus_sqrt", "exponential"] = "linear"
+    """How it falls."""
+    final: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the end as a fraction of the peak."""
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "ScheduleConfig":
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} + decay {self.decay} exceed the run; their sum may be at most 1")
+        if self.shape == "exponential" and self.final == 0:
+            raise ValueError("shape exponential never reaches final 0; set final above 0, for example 0.01")
+        return self
+
+
+def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
+    """Fraction of the peak learning rate at ``step`` (counted from 0) of ``steps``."""
+    warmup, decay = round(config.warmup * steps), round(config.decay * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step < steps - decay:
+        return 1.0
+    done = (step + 1 - (steps - decay)) / decay
+    if config.shape == "exponential":
+        return config.final**done
+    left = 1.0 - (math.sqrt(done) if config.shape == "one_minus_sqrt" else done)
+    return config.final + (1.0 - config.final) * left
