@@ -97,6 +97,11 @@ class Engine:
         """Which share of the samples this rank reads."""
         return parallel_state.get_data_parallel_rank()
 
+    @property
+    def tensor_rank(self) -> int:
+        """Which part of every matrix this rank holds."""
+        return parallel_state.get_tensor_model_parallel_rank()
+
     def train_step(self, batches: list[Any], lr: float) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update.
 
@@ -106,6 +111,10 @@ class Engine:
             lr: learning rate of this step.
         """
         self.forward_backward(batches)
+        return self.update(lr)
+
+    def update(self, lr: float) -> StepResult:
+        """Clip and apply the gradients of :meth:`forward_backward`."""
         result = self._collect()
         self.optimizer.prepare_grads()
         result.grad_norm = float(self.optimizer.get_grad_norm())
@@ -117,7 +126,7 @@ class Engine:
         return result
 
     def forward_backward(self, batches: list[Any]) -> None:
-        """Accumulate and reduce the gradients of a global batch, without updating anything."""
+        """Accumulate and reduce the gradients of a global batch, without updating anything (see :meth:`update`)."""
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()

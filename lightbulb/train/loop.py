@@ -1,0 +1,321 @@
+"""Pretraining from a run file to a finished run folder, on any number of ranks.
+
+:class:`Trainer` is one process's share of a run. Its :meth:`Trainer.run` reads as the recipe: batch, step, metrics,
+evaluation, checkpoint, until the steps are done or a stop is asked for. Started again with the same config it goes on
+from the newest good checkpoint, and the losses are those of a run that was never interrupted.
+"""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lightbulb.config import save_config
+from lightbulb.data.loader import IGNORED_LABEL, Batch, HeldOut, TrainLoader
+from lightbulb.data.tokenizer import Tokenizer
+from lightbulb.folder import check_writable, claim
+from lightbulb.parallel.collective import on_rank_zero
+from lightbulb.parallel.engine import Engine, StepResult
+from lightbulb.parallel.host import pick_precision
+from lightbulb.train.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    TrainState,
+    load_into,
+    newest_checkpoint,
+    save_checkpoint,
+    sweep_partial,
+)
+from lightbulb.train.config import RunConfig
+from lightbulb.train.faults import StopSignal
+from lightbulb.train.metrics import MetricsWriter
+from lightbulb.train.schedule import learning_rate_factor
+from lightbulb.train.throughput import Speedometer, memory_gib, peak_flops
+
+log = logging.getLogger(__name__)
+
+_MUST_MATCH = ("model", "seed", "train.global_batch_size", "train.precision", "optimizer.beta1", "optimizer.beta2")
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says why and what to change."""
+
+
+class Trainer:
+    """One process's share of a run; use it as a context, which holds the run folder.
+
+    Args:
+        config: the run file, resolved for this world size.
+        device: where this rank computes.
+
+    Raises:
+        FolderInUse: another live run holds the folder.
+        CheckpointError: the checkpoint to resume from belongs to another model, or was trained otherwise.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device):
+        self.device = device
+        self.folder = Path(config.run).expanduser()
+        self.is_main = dist.get_rank() == 0
+        self._cleanup = ExitStack()
+        try:
+            on_rank_zero(self._claim)
+            found = on_rank_zero(lambda: self._find_checkpoint(config))
+            checkpoint = Checkpoint(Path(found), verify=False) if found else None
+            self.config = self._settle(config, checkpoint)
+            self._build(checkpoint)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the metrics and give the run folder back."""
+        self._cleanup.close()
+
+    def run(self) -> bool:
+        """Train to the last step; False when a signal stopped the run earlier (its state is saved)."""
+        train = self.config.train
+        with StopSignal(self.device) as stop:
+            while self.step < train.steps:
+                self._train_one_step()
+                if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
+                    self.evaluate(train.eval_contexts)
+                stopping = stop.requested()
+                if self.step == train.steps or stopping or (train.save_every and self.step % train.save_every == 0):
+                    self.save()
+                if stopping and self.step < train.steps:
+                    return False
+        return True
+
+    def evaluate(self, max_contexts: int | None = None) -> dict[str, float]:
+        """Held-out loss and bits per byte, written to the metrics.
+
+        Bits per byte divides the summed bits by the bytes of the predicted tokens' text, so that it compares across
+        tokenizers.
+        """
+        model, data = self.config.model, self.config.parallel.data or 1
+        held_out = HeldOut(
+            self.config.data, model.context_length, model.vocab_size, self.config.train.micro_batch_size,
+            self.engine.data_rank, data, max_contexts,
+        )  # fmt: skip
+        nats, tokens, text_bytes = 0.0, 0, 0
+        for batch in held_out:
+            batch_nats, batch_tokens = self.engine.evaluate([batch])
+            nats, tokens = nats + batch_nats, tokens + batch_tokens
+            text_bytes += self._bytes_predicted([batch])
+        text_bytes = self._sum_over_data(text_bytes)
+        result = {"held_out_loss": nats / max(tokens, 1), "held_out_bpb": nats / math.log(2) / max(text_bytes, 1)}
+        self.metrics.write({"kind": "eval", "step": self.step, "contexts": len(held_out.rows), **result})
+        return result
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        state = TrainState(
+            step=self.step,
+            tokens=self.tokens,
+            optimizer_step=self.engine.optimizer_step,
+            skipped_steps=self.skipped_steps,
+            loader=self.loader.state_dict(),
+            config=self.config.model_dump(mode="json"),
+            layout=self.config.parallel.label(),
+        )
+        save_checkpoint(self.folder, self.engine, state, self.config.train.keep_checkpoints)
+
+    def facts(self) -> dict[str, Any]:
+        """What a summary says of the run besides its results."""
+        return {
+            "steps": self.step,
+            "tokens": self.tokens,
+            "tokens_per_second": self.mean_tokens_per_second,
+            "world_size": dist.get_world_size(),
+            "layout": self.config.parallel.label(),
+            "precision": self.config.train.precision,
+            "device": self.device.type if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
+            "parameters": self.cost.params,
+            "active_parameters": self.cost.active_params,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    @property
+    def mean_tokens_per_second(self) -> float:
+        """Tokens per second of all ranks over the steps of this process."""
+        return self._tokens_here / max(self._seconds_here, 1e-9)
+
+    def _claim(self) -> None:
+        self._cleanup.enter_context(claim(self.folder))
+        check_writable(self.folder)
+        sweep_partial(self.folder)
+
+    def _find_checkpoint(self, config: RunConfig) -> str | None:
+        checkpoint, problems = newest_checkpoint(self.folder)
+        for problem in problems:
+            log.warning("passed over a checkpoint: %s", problem)
+        if checkpoint is None:
+            if problems:
+                raise CheckpointError(
+                    f"{self.folder}: no checkpoint is intact ({problems[0]}); restore one, or remove the checkpoints "
+                    "folder to start anew"
+                )
+            return None
+        _check_resumable(checkpoint, config)
+        return str(checkpoint.folder)
+
+    def _settle(self, config: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
+        """Fix the precision: the checkpoint's when resuming, the device's best when the config leaves it open."""
+        precision = config.train.precision
+        if precision == "auto":
+            precision = pick_precision(self.device, config.model.dim)
+            if checkpoint is not None:
+                precision = checkpoint.state.config["train"]["precision"]
+        return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+    def _build(self, checkpoint: Checkpoint | None) -> None:
+        config = self.config
+        model, train, data = config.model, config.train, config.parallel.data or 1
+        self.step = self.tokens = self.skipped_steps = self._skipped_in_a_row = 0
+        self._tokens_here, self._seconds_here = 0, 0.0
+        precision = "bf16" if train.precision == "bf16" else "fp32"
+        self.cost = model.cost()
+        self.peak = peak_flops(self.device, precision)
+        self.engine = Engine(model, config.parallel, config.optimizer, precision, config.seed, self.device)
+        self._cleanup.callback(self.engine.close)
+        self.loader = TrainLoader(
+            config.data, model.context_length, model.vocab_size, config.seed, train.global_batch_size,
+            train.micro_batch_size, self.engine.data_rank, data,
+        )  # fmt: skip
+        tokenizer = config.data.path.expanduser() / "tokenizer.json"
+        self._token_bytes = torch.from_numpy(np.asarray(Tokenizer.load(tokenizer).token_bytes()))
+        self.metrics = MetricsWriter(self.folder, train.steps, self.is_main, train.log_every)
+        self._cleanup.callback(self.metrics.close)
+        self._speed = Speedometer()
+        if self.is_main:
+            save_config(config, self.folder / "config.yaml")
+            shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        self.metrics.rewind(self.step)
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        load_into(self.engine, checkpoint)
+        self.loader.load_state_dict(state.loader)
+        self.step, self.tokens, self.skipped_steps = state.step, state.tokens, state.skipped_steps
+        log.info("resumed from %s (written as %s)", checkpoint.folder, state.layout)
+
+    def _train_one_step(self) -> None:
+        started = time.perf_counter()
+        batches = self.loader.next_step()
+        factor = learning_rate_factor(self.config.schedule, self.step, self.config.train.steps)
+        lr = self.config.optimizer.lr * factor
+        result = self.engine.train_step(batches, lr)
+        self.step += 1
+        self.tokens += result.tokens
+        seconds = time.perf_counter() - started
+        self._speed.add(result.tokens, seconds)
+        self._tokens_here += result.tokens
+        self._seconds_here += seconds
+        self._count_skips(result)
+        self._write_metrics(result, lr, self._sum_over_data(self._bytes_predicted(batches)))
+
+    def _count_skips(self, result: StepResult) -> None:
+        if result.applied:
+            self._skipped_in_a_row = 0
+            return
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        stop = self.loader.samples_consumed
+        log.warning(
+            "step %d skipped on all ranks: loss %s, gradient norm %s (samples %d to %d)",
+            self.step, result.loss, result.grad_norm, stop - self.config.train.global_batch_size, stop - 1,
+        )  # fmt: skip
+        if self._skipped_in_a_row >= self.config.train.max_skipped_steps:
+            raise TrainingError(
+                f"{self._skipped_in_a_row} steps in a row had non-finite gradients; the last checkpoint is intact: lower "
+                f"optimizer.lr ({self.config.optimizer.lr}) or look at the samples named above"
+            )
+
+    def _write_metrics(self, result: StepResult, lr: float, text_bytes: int) -> None:
+        rate = self._speed.tokens_per_second
+        achieved = rate * self.cost.train_flops
+        routers = result.routers
+        count = max(len(routers), 1)
+        self.metrics.write(
+            {
+                "kind": "train",
+                "step": self.step,
+                "tokens": self.tokens,
+                "loss": result.loss,
+                "bits_per_byte": result.loss * result.tokens / math.log(2) / max(text_bytes, 1),
+                "balance_loss": sum(r["balance_loss"] for r in routers.values()) / count,
+                "router_z_loss": sum(r["z_loss"] for r in routers.values()) / count,
+                "lr": lr,
+                "grad_norm": result.grad_norm,
+                "clip_coefficient": result.clip_coefficient,
+                "skipped_steps": self.skipped_steps,
+                "tokens_per_second": rate,
+                "flops_per_second": achieved,
+                "peak_flops": self.peak,
+                "mfu": achieved / self.peak,
+                "memory_gib": memory_gib(self.device),
+                "eta_seconds": (self.config.train.steps - self.step) * self._speed.seconds_per_step,
+                "expert_load": {layer: router["load"] for layer, router in routers.items()},
+                "router_entropy": {layer: router["entropy"] for layer, router in routers.items()},
+            }
+        )
+
+    def _bytes_predicted(self, batches: list[Batch]) -> int:
+        """Bytes of text of this rank's labels."""
+        labels = torch.cat([batch.labels.flatten() for batch in batches])
+        return int(self._token_bytes[labels[labels != IGNORED_LABEL]].sum())
+
+    def _sum_over_data(self, count: int) -> int:
+        total = torch.tensor(float(count), dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return round(total.item()) // (self.config.parallel.tensor * self.config.parallel.pipeline)
+
+
+@contextmanager
+def open_trainer(config: RunConfig, device: torch.device) -> Iterator[Trainer]:
+    """A trainer for the ranks that were started."""
+    with Trainer(config.resolve(dist.get_world_size()), device) as trainer:
+        yield trainer
+
+
+def _check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Compare with the config the checkpoint was trained with: some fields must match, other changes are said."""
+    before, now = _flatten(checkpoint.state.config), _flatten(config.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new or (key == "train.precision" and new == "auto") or key.startswith("parallel."):
+            continue
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _MUST_MATCH):
+            raise CheckpointError(
+                f"{checkpoint.folder}: trained with {key} = {old}, this config has {new}; use the run's own "
+                "config.yaml, or another run folder for the changed one"
+            )
+        log.warning("resuming with a changed setting: %s was %s, is now %s", key, old, new)
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, list):
+        values = {str(index): item for index, item in enumerate(values)}
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
