@@ -104,7 +104,8 @@ class Registered:
         )
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        options = [lookup(self.kind, name).model_json_schema() for name in names(self.kind)]  # type: ignore[attr-defined]
+        # through the handler, so that the parts' own nested definitions land in the schema's $defs
+        options = [handler(lookup(self.kind, name).__pydantic_core_schema__) for name in names(self.kind)]  # type: ignore[attr-defined]
         return {"oneOf": options}
 
 
@@ -119,7 +120,8 @@ def describe(error: ValidationError, prefix: tuple[Any, ...] = ()) -> list[str]:
             continue
         field = ".".join(str(part) for part in where) or "config"
         message = str(cause) if cause is not None else item["msg"]
-        value = "" if isinstance(item["input"], dict | Config) or item["type"] == "missing" else f" (got {item['input']!r})"
+        is_whole = isinstance(item["input"], dict | Config) or item["type"] == "missing"
+        value = "" if is_whole else f" (got {item['input']!r})"
         lines.append(f"{field}: {message}{value}")
     return lines
 

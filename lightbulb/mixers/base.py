@@ -53,7 +53,9 @@ class TokenMixer(nn.Module, ABC):
     """Mixes along the sequence; causal unless its config says otherwise."""
 
     @abstractmethod
-    def forward(self, x: Tensor, context: Context, state: DecodeState | None = None) -> tuple[Tensor, DecodeState | None]:
+    def forward(
+        self, x: Tensor, context: Context, state: DecodeState | None = None
+    ) -> tuple[Tensor, DecodeState | None]:
         """``x [length, batch, dim]`` to the same shape. With a state, ``x`` continues the sequence the state
         holds, and the returned state includes it; prefill then single steps must equal one full pass."""
 

@@ -37,7 +37,9 @@ class Block(nn.Module):
         self.channel_norm = RMSNorm(dim, norm_eps)
         self.channel = config.channel.build(dim, init)
 
-    def forward(self, x: Tensor, context: Context, state: DecodeState | None = None) -> tuple[Tensor, DecodeState | None]:
+    def forward(
+        self, x: Tensor, context: Context, state: DecodeState | None = None
+    ) -> tuple[Tensor, DecodeState | None]:
         """``x [length, batch, dim]`` and the layer's decode state, both updated."""
         mixed, state = self.token(self.token_norm(x), context, state)
         x = x + mixed

@@ -4,13 +4,18 @@ The only file below ``parallel/`` that asks Megatron-core which groups exist. Wi
 inference on one device) every axis has one rank and layers behave as their plain single-process selves.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import mappings
-from torch import Tensor
-from torch.distributed import ProcessGroup
+
+# Importing Megatron-core warns, once per module, that Apex and Transformer Engine are missing; neither is required.
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel import mappings  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.distributed import ProcessGroup  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ device: as the string ``"cuda"``, as tensor types such as ``torch.cuda.FloatTens
 nothing outside ``megatron.core``: string constants are replaced in the code of the listed functions, and the listed
 modules see a ``torch`` whose ``cuda`` answers for the CPU. Nothing is wrapped, so a step costs no more than before.
 A test checks that each entry still finds what it replaces, and so tells when upstream no longer needs it.
+
+One function is replaced whole: the norm of the gradient, because ``torch.norm`` is inexact on the CPU.
 """
 
 import importlib
@@ -13,6 +15,7 @@ import types
 from typing import Any
 
 import torch
+from torch import Tensor
 
 CONSTANTS = {
     "cuda": "cpu",
@@ -42,6 +45,9 @@ MODULES = [
     "megatron.core.tensor_parallel.mappings",
 ]
 
+NORM = "megatron.core.optimizer.clip_grads", "l2_norm_impl"
+_NORM_ELEMENTS = 1 << 16
+
 _installed = False
 
 
@@ -55,7 +61,19 @@ def install() -> None:
         function.__code__ = replace_constants(function.__code__)
     for name in MODULES:
         importlib.import_module(name).torch = _CPU_TORCH  # type: ignore[attr-defined]
+    setattr(importlib.import_module(NORM[0]), NORM[1], l2_norm)
     _installed = True
+
+
+def l2_norm(chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], *_: Any) -> tuple[Tensor, None]:
+    """The norm of all tensors together, with the arguments of Megatron-core's function of that purpose.
+
+    On the CPU ``torch.norm`` adds float32 squares up one after another: 2e-5 off at a million elements and 4e-3 at
+    fifty million, and how much depends on how the layout cuts the gradients. The norms of short pieces are right.
+    """
+    pieces = [piece for tensors in tensor_lists for t in tensors for piece in t.flatten().split(_NORM_ELEMENTS)]
+    squares = torch.stack([piece.norm() for piece in pieces]).double().square()
+    return squares.sum().sqrt().float().view(1), None
 
 
 def resolve(path: str) -> types.FunctionType:
@@ -92,4 +110,4 @@ def _cpu_torch() -> types.ModuleType:
 
 _CPU_TORCH = _cpu_torch()
 
-__all__ = ["CONSTANTS", "FUNCTIONS", "MODULES", "install", "replace_constants", "resolve"]
+__all__ = ["CONSTANTS", "FUNCTIONS", "MODULES", "NORM", "install", "l2_norm", "replace_constants", "resolve"]

@@ -68,8 +68,11 @@ def build_optimizer(
         [model],
         use_gloo_process_groups=False,
     )
-    if next(model.parameters()).device.type == "cpu":
-        for group in optimizer.param_groups:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    for group in optimizer.param_groups:
+        # Megatron-core leaves it to its learning-rate scheduler, which is not used here, to apply the multiplier.
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        if on_cpu:
             group["fused"], group["foreach"] = True, False  # one pass over memory instead of a dozen
     return optimizer
 

@@ -119,7 +119,7 @@ def _collect(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor], dict
         model[name] = values["master"].cpu().contiguous()
         moments |= {f"{name}:{moment}": values[moment].cpu().contiguous() for moment in MOMENTS}
         start = [part.start for part in logical.slices()]
-        shapes |= {key: (logical.shape, start) for key in (name, *(f"{name}:{m}" for m in MOMENTS))}
+        shapes |= dict.fromkeys((name, *(f"{name}:{m}" for m in MOMENTS)), (logical.shape, start))
     for name, router in engine.routers():
         if engine.tensor_rank == 0 and engine.data_rank == 0:
             model[f"{name}.load"] = router.load.cpu()
@@ -195,11 +195,16 @@ class Checkpoint:
         self.folder = folder
         manifest = self._json("manifest.json")
         if manifest.get("format") != FORMAT:
-            raise CheckpointError(f"{folder}/manifest.json: format {manifest.get('format')!r}, this version reads {FORMAT}")
+            found = manifest.get("format")
+            raise CheckpointError(f"{folder}/manifest.json: format {found!r}, this version reads {FORMAT}")
         self.files: dict[str, Any] = manifest["files"]
         self.tensors: dict[str, Any] = manifest["tensors"]
         if verify:
             self._verify()
+        for name, record in self.tensors.items():
+            for part in record["parts"]:
+                if part["file"] not in self.files:
+                    raise CheckpointError(f"{folder}/manifest.json: {name!r} lies in {part['file']!r}, which is not listed")
         self.state = TrainState(**self._json("state.json"))
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
@@ -240,7 +245,7 @@ class Checkpoint:
             if Path(name).name != name or not path.is_file():
                 raise CheckpointError(f"{path}: missing; use an earlier checkpoint")
             if path.stat().st_size != entry["size"] or _hash(path) != entry["xxh3_128"]:
-                raise CheckpointError(f"{path}: damaged (size or hash differs from manifest.json); use an earlier checkpoint")
+                raise CheckpointError(f"{path}: damaged (not as manifest.json says); use an earlier checkpoint")
 
     def _copy_overlap(self, name: str, part: Part, slices: tuple[slice, ...], result: Tensor) -> int:
         source, target = [], []
@@ -258,7 +263,7 @@ class Checkpoint:
 
 def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were passed over."""
-    problems = []
+    problems: list[str] = []
     for folder in complete_checkpoints(run):
         try:
             return Checkpoint(folder), problems

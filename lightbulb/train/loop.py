@@ -24,7 +24,7 @@ from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.folder import check_writable, claim
 from lightbulb.parallel.collective import on_rank_zero
 from lightbulb.parallel.engine import Engine, StepResult
-from lightbulb.parallel.host import pick_precision
+from lightbulb.parallel.host import Precision, pick_precision
 from lightbulb.train.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -188,7 +188,7 @@ class Trainer:
         model, train, data = config.model, config.train, config.parallel.data or 1
         self.step = self.tokens = self.skipped_steps = self._skipped_in_a_row = 0
         self._tokens_here, self._seconds_here = 0, 0.0
-        precision = "bf16" if train.precision == "bf16" else "fp32"
+        precision: Precision = "bf16" if train.precision == "bf16" else "fp32"
         self.cost = model.cost()
         self.peak = peak_flops(self.device, precision)
         self.engine = Engine(model, config.parallel, config.optimizer, precision, config.seed, self.device)
@@ -244,8 +244,8 @@ class Trainer:
         )  # fmt: skip
         if self._skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise TrainingError(
-                f"{self._skipped_in_a_row} steps in a row had non-finite gradients; the last checkpoint is intact: lower "
-                f"optimizer.lr ({self.config.optimizer.lr}) or look at the samples named above"
+                f"{self._skipped_in_a_row} steps in a row had non-finite gradients; the last checkpoint is intact: "
+                f"lower optimizer.lr ({self.config.optimizer.lr}) or look at the samples named above"
             )
 
     def _write_metrics(self, result: StepResult, lr: float, text_bytes: int) -> None:

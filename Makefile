@@ -1,0 +1,45 @@
+# One environment (.venv) for everything; every target sets up what it needs.
+#   make pretrain   prepare real text, pretrain a small mixture of experts, show what it learned
+#   make test       the quick tests        make test-all   with the slow ones
+#   make lint       ruff and mypy          make bench      benchmarks, results in docs/results
+
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
+PROCESSES ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup pretrain test test-all lint bench clean
+
+setup: $(READY)
+
+$(READY): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "LightBulb needs Python 3.11 or 3.12, found %d.%d; run make PYTHON=/path/to/python3.12" % v)'
+	@echo "[setup] installing into .venv (torch and its CUDA libraries are large; this is done once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[dev]"
+	@touch $@
+
+pretrain: $(READY)
+	@echo "[1/2] preparing text"
+	@$(BIN)/lightbulb preprocess configs/debug/corpus.yaml
+	@echo "[2/2] pretraining with $(PROCESSES) processes"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_gpus $(PROCESSES) launcher/pretrain.py configs/debug/quickstart.yaml
+
+test: $(READY)
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(READY)
+	@mkdir -p docs/results
+	@$(BIN)/python benchmarks/train_moe.py --seconds 120 --json docs/results/train_moe.json
+
+clean:
+	rm -rf .venv build dist *.egg-info runs data

@@ -1,0 +1,65 @@
+"""The `lightbulb` command: a table of subcommands, each imported only when it is called.
+
+`lightbulb COMMAND --help` explains one. Every command is a module of this package with ``main(argv) -> exit code``.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from lightbulb.registry import nearest
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("lightbulb.launcher.doctor", "show what is installed, what is missing and what that costs"),
+    "preprocess": ("lightbulb.launcher.preprocess", "write a corpus as shards of tokens"),
+    "pretrain": ("lightbulb.launcher.pretrain", "train a model on shards; resumes where it stopped"),
+    "prove": ("lightbulb.launcher.prove", "compare every parallel layout with one process"),
+    "generate": ("lightbulb.launcher.generate", "continue a prompt with a trained model"),
+    "report": ("lightbulb.launcher.report", "draw a run's curves and write report.html"),
+    "schema": ("lightbulb.launcher.schema", "print the JSON schema of a config file"),
+}
+"""Command to its module and its line of help."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}{nearest(name, list(COMMANDS))}; see lightbulb --help", file=sys.stderr)
+        return 2
+    return run_command(name, rest)
+
+
+def usage() -> str:
+    """The table of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(["usage: lightbulb COMMAND ...", "", *lines, "", "lightbulb COMMAND --help explains one."])
+
+
+def run_command(name: str, argv: list[str]) -> int:
+    """Import the command's module and call its ``main``."""
+    try:
+        return importlib.import_module(COMMANDS[name][0]).main(argv)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "lightbulb"):
+            raise
+        print(f"error: lightbulb {name} needs the package {package!r}; see lightbulb doctor", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader (head, less) has gone: nothing is wrong, but Python's own flush at exit would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

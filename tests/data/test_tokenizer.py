@@ -1,0 +1,150 @@
+"""The tokenizer: lossless, blind to control tokens in text, exact about bytes."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, trainers
+
+from lightbulb.data import tokenizer as tokenizer_module
+from lightbulb.data.tokenizer import EOS, MAX_PART_CHARS, Tokenizer, TokenizerError
+
+CODE = "def add(first_1, second):\n    # sum of two\n    return first_1 + second\n\n\nclass Adder:\n    pass\n"
+AWKWARD = [
+    "",
+    " ",
+    "\n\n\t x",
+    "\x00\x1b",
+    "é漢字🎉 \u200b\u202e",
+    "a\r\nb\r",
+    "    \n" * 5,
+    "\ufeffx",
+    "1234567",
+    "___",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([CODE] * 4 + ["the quick brown fox\n"], vocab_size=400)
+
+
+@pytest.mark.parametrize("text", [*AWKWARD, CODE], ids=repr)
+def test_decoding_restores_the_text(tokenizer: Tokenizer, text: str) -> None:
+    [ids] = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode()
+
+
+def test_control_token_in_a_document_is_text(tokenizer: Tokenizer) -> None:
+    [ids] = tokenizer.encode_batch([f"a {EOS} b"])
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == f"a {EOS} b"
+
+
+def test_token_bytes_add_up_to_the_text(tokenizer: Tokenizer) -> None:
+    sizes = tokenizer.token_bytes()
+    assert sizes.dtype == np.int64 and len(sizes) == tokenizer.vocab_size
+    assert sizes[tokenizer.eos_id] == 0
+    for text, ids in zip(AWKWARD, tokenizer.encode_batch(AWKWARD), strict=True):
+        assert sizes[ids].sum() == len(text.encode())
+
+
+def test_bytes_cut_inside_a_letter_are_exact(tokenizer: Tokenizer) -> None:
+    [ids] = tokenizer.encode_batch(["é"])
+    assert tokenizer.decode_bytes(ids[:1]) == "é".encode()[:1]
+    assert tokenizer.decode(ids[:1]) == "\ufffd"
+
+
+def test_newline_and_indentation_are_one_token(tokenizer: Tokenizer) -> None:
+    [ids] = tokenizer.encode_batch(["x\n    y"])
+    assert [tokenizer.decode_bytes([i]) for i in ids] == [b"x", b"\n    ", b"y"]
+
+
+def test_batch_order_is_kept_across_calls(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "MAX_CALL_CHARS", 1 << 10)
+    monkeypatch.setattr(tokenizer_module, "MAX_PART_CHARS", 1 << 8)
+    texts = [CODE * n for n in (1, 15, 0, 50, 2, 80)]
+    together = tokenizer.encode_batch(texts)
+    assert together == [tokenizer.encode_batch([text])[0] for text in texts]
+
+
+@pytest.mark.parametrize("letter", ["x", " ", "\n", "漢", "-"], ids=repr)
+def test_endless_run_of_one_letter_is_encoded(tokenizer: Tokenizer, letter: str) -> None:
+    text = letter * (3 * MAX_PART_CHARS + 1)
+    [ids] = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids) == text
+
+
+def test_training_twice_gives_the_same_digest(tokenizer: Tokenizer) -> None:
+    again = Tokenizer.train([CODE] * 4 + ["the quick brown fox\n"], vocab_size=400)
+    assert again.digest == tokenizer.digest
+
+
+def test_training_reports_each_text() -> None:
+    seen: list[int] = []
+    Tokenizer.train(["abc", "de"], 257, seen.append)
+    assert seen == [3, 2]
+
+
+def test_saved_file_is_the_digest(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == tokenizer.digest
+    loaded = Tokenizer.load(path)
+    assert (loaded.digest, loaded.vocab_size, loaded.eos_id) == (tokenizer.digest, tokenizer.vocab_size, 0)
+    assert loaded.encode_batch([CODE]) == tokenizer.encode_batch([CODE])
+    assert loaded.encode_batch([EOS]) == tokenizer.encode_batch([EOS])
+
+
+def test_vocabulary_without_room_for_bytes_is_refused() -> None:
+    with pytest.raises(TokenizerError, match="vocab_size: 100 is too small; it needs at least 257"):
+        Tokenizer.train(["x"], 100)
+
+
+def test_loading_names_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"none\.json: cannot be read"):
+        Tokenizer.load(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"bad\.json: not a Hugging Face tokenizer\.json"):
+        Tokenizer.load(tmp_path / "bad.json")
+    (tmp_path / "wp.json").write_text(tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "</s>": 1})).to_str())
+    with pytest.raises(TokenizerError, match=r"wp\.json: neither byte-level nor with byte fallback"):
+        Tokenizer.load(tmp_path / "wp.json")
+
+
+def test_end_of_text_must_be_known_or_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "renamed.json"
+    path.write_text(tokenizer._text.replace(EOS, "<stop>"))
+    with pytest.raises(TokenizerError, match=r"renamed\.json: no end-of-text token .* set tokenizer\.eos"):
+        Tokenizer.load(path)
+    assert Tokenizer.load(path, eos="<stop>").eos_id == 0
+
+
+def test_end_of_text_not_marked_special_is_still_text_in_documents(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    description = json.loads(tokenizer._text)
+    description["added_tokens"][0]["special"] = False
+    path = tmp_path / "plain.json"
+    path.write_text(json.dumps(description))
+    loaded = Tokenizer.load(path)
+    assert loaded.eos_id not in loaded.encode_batch([EOS])[0]
+    assert loaded.token_bytes()[loaded.eos_id] == 0
+
+
+def test_byte_fallback_tokenizer_counts_bytes(tmp_path: Path) -> None:
+    inner = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Replace(" ", "\u2581")  # type: ignore[assignment]
+    inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])  # type: ignore[assignment]
+    specials = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    inner.train_from_iterator(["the fox the fox"], trainers.BpeTrainer(vocab_size=300, special_tokens=specials))
+    description = json.loads(inner.to_str())
+    description["added_tokens"] = description["added_tokens"][:2]
+    path = tmp_path / "fallback.json"
+    path.write_text(json.dumps(description))
+    loaded = Tokenizer.load(path)
+    [ids] = loaded.encode_batch(["the fox é"])
+    assert loaded.decode_bytes(ids) == "the fox é".encode()
+    assert loaded.token_bytes()[ids].sum() == len("the fox é".encode())
