@@ -30,6 +30,4 @@ def language_stages(config: LanguageConfig, stages: int) -> list[Stage]:
     costs = [cost.forward_flops for cost in config.layer_costs()]
     costs[-1] += config.head_cost().forward_flops
     bounds = cut(costs, stages)
-    return [
-        Stage(bounds[i], bounds[i + 1], has_embedding=i == 0, has_head=i == stages - 1) for i in range(stages)
-    ]
+    return [Stage(bounds[i], bounds[i + 1], has_embedding=i == 0, has_head=i == stages - 1) for i in range(stages)]

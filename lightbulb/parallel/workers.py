@@ -14,6 +14,7 @@ import socket
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,7 +29,7 @@ import torch.distributed as dist
 
 from lightbulb.parallel.topology import destroy_groups
 
-PRELOAD = "lightbulb.parallel.engine"
+PRELOAD = ["lightbulb.parallel.engine"]
 START_SECONDS = 600.0  # the first start imports the engine, on a machine that may be busy
 GRACE_SECONDS = 1.0  # to tell a rank that failed from those that only lost their peer
 STACK_SECONDS = 0.5
@@ -83,13 +84,16 @@ class RankPool:
     Args:
         num_ranks: processes.
         timeout_seconds: default limit of one job.
+        preload: modules the fork server imports, if this is what starts it (a process has one server); None for
+            those the process has chosen already.
     """
 
-    def __init__(self, num_ranks: int, timeout_seconds: float = 300.0):
+    def __init__(self, num_ranks: int, timeout_seconds: float = 300.0, preload: list[str] | None = PRELOAD):
         self.num_ranks = num_ranks
         self.timeout_seconds = timeout_seconds
         self._context = get_context("forkserver")
-        self._context.set_forkserver_preload([PRELOAD])
+        if preload is not None:
+            self._context.set_forkserver_preload(preload)
         self._folder = tempfile.TemporaryDirectory(prefix="lightbulb-ranks-")
         self._processes: list[ForkServerProcess] = []
         self._connections: list[connection.Connection] = []
@@ -139,7 +143,7 @@ class RankPool:
             self._await_start()
             for rank in range(world_size):
                 self._send(rank, message)
-            return self._gather(list(range(world_size)), limit, function.__qualname__)
+            return self._gather(list(range(world_size)), limit, getattr(function, "__qualname__", repr(function)))
         except BaseException:  # also Ctrl-C: the ranks may wait for each other forever
             self._stop()
             raise
@@ -229,7 +233,7 @@ class RankPool:
         for rank in silent:
             os.kill(self.pids[rank], signal.SIGUSR1)  # see _serve: writes the rank's stack
         time.sleep(STACK_SECONDS)
-        stacks = [f"rank {rank}: {self._stack_file(rank).read_text(errors='replace')}" for rank in silent]
+        stacks = [f"rank {rank}: {_job_frames(self._stack_file(rank).read_text(errors='replace'))}" for rank in silent]
         names = ", ".join(map(str, silent))
         return JobTimeout(silent[0], f"{what}: no answer from rank {names} within {limit:g} s\n" + "\n".join(stacks))
 
@@ -243,6 +247,7 @@ def _serve(rank: int, requests: connection.Connection, stack_file: Path) -> None
     os.environ.update(_ENVIRONMENT)  # if somebody else's fork server was running already
     if any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no look-up of the machine's name
+    warnings.filterwarnings("ignore", module="megatron")  # about parts we do not use; once per rank is too often
     torch.set_num_threads(1)
     with stack_file.open("w") as file:
         faulthandler.register(signal.SIGUSR1, file=file)
@@ -269,6 +274,11 @@ def _answer(rank: int, message: bytes) -> bytes:
     except Exception as error:  # any error of a job belongs to the parent
         # The groups stay open, so that no peer fails for losing this rank and hides the cause.
         return pickle.dumps(_Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
+
+
+def _job_frames(stack: str) -> str:
+    """The job's part of a stack written by faulthandler (most recent call first)."""
+    return stack.partition(f'  File "{__file__}"')[0].rstrip()
 
 
 @contextmanager

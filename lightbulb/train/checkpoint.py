@@ -204,7 +204,7 @@ class Checkpoint:
         for name, record in self.tensors.items():
             for part in record["parts"]:
                 if part["file"] not in self.files:
-                    raise CheckpointError(f"{folder}/manifest.json: {name!r} lies in {part['file']!r}, which is not listed")
+                    raise CheckpointError(f"{folder}/manifest.json: {part['file']!r} of {name!r} is not listed")
         self.state = TrainState(**self._json("state.json"))
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:

@@ -1,6 +1,7 @@
 """What interrupts a run: stop signals, and faults planted by tests.
 
-A signal to any one rank stops all of them at the same step boundary; a second one ends the process at once.
+A signal to any one rank stops all of them at the same step boundary. Launchers turn one Ctrl-C into several signals
+within milliseconds, so only a later SIGINT, an impatient person's, ends the process at once.
 """
 
 import os
@@ -12,6 +13,7 @@ import torch
 
 from lightbulb.parallel.collective import any_rank
 
+IMPATIENCE_SECONDS = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -20,7 +22,7 @@ class StopSignal:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.received: str | None = None
+        self.received: float | None = None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -36,9 +38,11 @@ class StopSignal:
         return any_rank(self.received is not None, self.device)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received = now
+        elif number == signal.SIGINT and now - self.received > IMPATIENCE_SECONDS:
             os._exit(128 + number)
-        self.received = signal.Signals(number).name
 
 
 def fault_point(name: str) -> None:
