@@ -24,6 +24,7 @@ from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.parameter import initialise, logical_of
 from lightbulb.parallel import megatron_cpu
+from lightbulb.parallel.collective import any_rank
 from lightbulb.parallel.host import Precision
 from lightbulb.parallel.optimizer import OptimizerConfig, build_optimizer, parts, read_state, write_state
 from lightbulb.parallel.pipeline_cut import language_stages
@@ -118,7 +119,8 @@ class Engine:
         result = self._collect()
         self.optimizer.prepare_grads()
         result.grad_norm = float(self.optimizer.get_grad_norm())
-        result.applied = math.isfinite(result.grad_norm) and math.isfinite(result.loss)
+        finite = math.isfinite(result.grad_norm) and math.isfinite(result.loss) and self._has_finite_gradients()
+        result.applied = not any_rank(not finite, self.device)
         if result.applied:
             result.clip_coefficient = min(1.0, self.optimizer_config.clip_grad / (result.grad_norm + 1e-6))
             self._update(result.grad_norm, lr)
@@ -246,6 +248,12 @@ class Engine:
                 result.routers[str(layer)] = summarise(table[layer][: 2 * num_experts + 3], num_experts)
         self._loads = table
         return result
+
+    def _has_finite_gradients(self) -> bool:
+        """Whether every gradient on this rank is finite. The norm alone would not tell: it counts a parameter that
+        tensor ranks replicate on the first of them only."""
+        buffers = [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
+        return all(math.isfinite(float(buffer.grad_data.sum())) for buffer in buffers)
 
     def _num_experts(self, layer: int) -> int:
         return int(getattr(self.model_config.layer(layer).channel, "num_experts", 0))

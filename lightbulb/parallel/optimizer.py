@@ -92,13 +92,27 @@ def _part(link: MegatronOptimizer, parameter: nn.Parameter) -> Part | None:
     if isinstance(link, DistributedOptimizer):
         if parameter not in link.model_param_group_index_map:
             return None
-        group, index = link.model_param_group_index_map[parameter]
         span = link._get_model_param_range_map(parameter)["param"]
-        return Part(link.optimizer.param_groups[group]["params"][index], span.start, span.end, link.optimizer)
+        return Part(_distributed_master(link, parameter), span.start, span.end, link.optimizer)
     master = getattr(parameter, "main_param", parameter)
     if not any(master is held for held in _held(link)):
         return None
     return Part(master, 0, parameter.numel(), link.optimizer)
+
+
+def _distributed_master(link: DistributedOptimizer, parameter: nn.Parameter) -> Tensor:
+    """The master weights of this rank's part of a parameter.
+
+    Megatron-core's ``model_param_group_index_map`` would give another parameter's in a bfloat16 model with float32
+    routers: it counts in the order of the gradient buffers, while the optimizer lists float32 parameters first.
+    """
+    models = [*link.model_fp32_groups, *link.model_float16_groups]
+    masters = [*link.shard_fp32_groups, *link.shard_fp32_from_float16_groups]
+    for model_group, master_group in zip(models, masters, strict=True):
+        for candidate, master in zip(model_group, master_group, strict=True):
+            if candidate is parameter:
+                return master
+    raise ValueError("the optimizer link does not hold the parameter")
 
 
 def _held(link: MegatronOptimizer) -> Iterator[Tensor]:
