@@ -1,1 +1,1 @@
-"""Fast paths, each beside a naive twin: `kernels/<op>/{reference,kernel,benchmark}.py`. None yet: models run on torch."""
+"""Fast paths beside naive twins: `kernels/<op>/{reference,kernel,benchmark}.py`. None yet: models run on torch."""

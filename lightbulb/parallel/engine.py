@@ -88,7 +88,7 @@ class Engine:
         self.model: LanguageModel = model.build(stage)
         initialise(self.model, seed)
         _cast(self.model.to(device), precision)
-        self.model.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]
+        self.model.model_type = ModelType.encoder_or_decoder
         self.ddp = self._wrap(precision)
         self.optimizer = build_optimizer(optimizer, self.ddp, precision, parallel.distributed_optimizer)
         self._schedule = get_forward_backward_func()

@@ -2,12 +2,12 @@
 
 The balance loss is ``E * sum_e f_e P_e`` (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961; 1 when uniform),
 with ``f_e`` the share of all selections that went to expert e and ``P_e`` its mean router probability, both over the
-*global* batch: statistics per micro-batch would fight specialisation and change with every batch and data-parallel size.
-``f_e`` carries no gradient, so all the loss needs from outside a micro-batch is one number per expert. The exact
+*global* batch: statistics per micro-batch would fight specialisation and change with every batch and data-parallel
+size. ``f_e`` carries no gradient, so all the loss needs from outside a micro-batch is one number per expert. The exact
 ``f_e`` of a global batch is known only when its last micro-batch has run, long after the first was back-propagated
 under a pipeline, so the gradient uses the ``f_e`` of the global batch before (uniform at the first step, where the
-gradient is zero). It is therefore exactly the same for every micro-batch, data, pipeline and expert degree; the loss that
-is reported uses the exact ``f_e`` and ``P_e`` of its own batch.
+gradient is zero). It is therefore exactly the same for every micro-batch, data, pipeline and expert degree; the loss
+that is reported uses the exact ``f_e`` and ``P_e`` of its own batch.
 """
 
 from typing import Any

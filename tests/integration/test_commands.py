@@ -34,7 +34,8 @@ def trained(tmp_path_factory, corpus):
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    command = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", "29517", "launcher/pretrain.py", folder / "run.yaml"]
+    options = ["--num_gpus", "2", "--master_port", "29517"]
+    command = [BIN / "deepspeed", *options, "launcher/pretrain.py", folder / "run.yaml"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run", done.stdout

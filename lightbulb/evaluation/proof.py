@@ -1,0 +1,228 @@
+"""The proof of equal layouts: train on every layout that fits, compare everything with one process, certify.
+
+A layout passes when its losses, every parameter's gradients, the gradient norm, the clip coefficient, the router
+statistics and the updated weights and moments agree with a plain PyTorch training of the whole model (see
+:mod:`lightbulb.evaluation.trial`) within :data:`BOUNDS`, on every rank and for every copy of a parameter, and when the
+ranks together hold every element of every parameter.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lightbulb.config import ConfigError
+from lightbulb.evaluation.trial import Difference, RankReport, Reference, Trial, train_layout, train_reference
+from lightbulb.parallel.topology import ParallelConfig, layouts
+from lightbulb.parallel.workers import JobError, RankPool
+from lightbulb.train.config import RunConfig
+
+BOUNDS = {
+    "loss": 1e-5,  # absolute, nats
+    "gradient": 1e-4,  # of the parameter's largest gradient
+    "grad_norm": 1e-4,  # relative
+    "clip": 1e-4,  # relative
+    "router": 1e-5,  # absolute: loads, balance loss, z-loss, entropy
+    "weight": 1e-5,  # absolute
+    "moment": 1e-3,  # of the parameter's largest moment
+}
+"""Largest differences that float32 rounding may cause; a wrong group, scale or sum is orders of magnitude above."""
+
+MIN_EPS, MAX_LR = 1e-6, 1e-3
+"""Adam divides each element's moment by its own size plus epsilon. Where that is only rounding noise, a tiny epsilon
+turns it into a step of the full learning rate, on one process as on many; the proof keeps away from that."""
+
+
+@dataclass(frozen=True)
+class LayoutResult:
+    """One layout against the reference.
+
+    Attributes:
+        trial: what was trained.
+        seconds: wall time.
+        worst: the largest difference of each quantity over all ranks and steps.
+        failures: one line per broken bound, naming the place and the numbers; empty when the layout passed.
+    """
+
+    trial: Trial
+    seconds: float
+    worst: dict[str, Difference]
+    failures: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every bound held."""
+        return not self.failures
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layout the model or the batch cannot do, and why."""
+
+    label: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Everything a certificate says.
+
+    Attributes:
+        trial: what every layout trained, without the layout.
+        reference: the plain training.
+        results: one per layout.
+        skipped: the layouts that were not tried.
+        seconds: wall time.
+    """
+
+    trial: Trial
+    reference: Reference
+    results: list[LayoutResult]
+    skipped: list[Skipped]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether layouts were compared and all passed."""
+        return bool(self.results) and all(result.ok for result in self.results)
+
+    def worst(self, quantity: str) -> float:
+        """The largest difference over all layouts; infinite where a layout did not get as far as comparing."""
+        return max((_value(result, quantity) for result in self.results), default=math.inf)
+
+
+def trial_of(config: RunConfig, steps: int) -> Trial:
+    """What the proof of a run file trains.
+
+    Raises:
+        ConfigError: the model drops tokens by rank and micro-batch, so that layouts differ by design.
+    """
+    for index, block in enumerate(config.model.block_pattern):
+        if getattr(block.channel, "capacity_factor", None) is not None:
+            raise ConfigError(
+                f"model.block_pattern.{index}.channel.capacity_factor: which tokens are dropped depends on the layout, "
+                f"so layouts cannot be equal; prove the dropless model: model.block_pattern.{index}.channel."
+                "capacity_factor=null"
+            )
+    settings = {"lr": min(config.optimizer.lr, MAX_LR), "eps": max(config.optimizer.eps, MIN_EPS)}
+    return Trial(
+        model=config.model,
+        optimizer=config.optimizer.model_copy(update=settings),
+        seed=config.seed,
+        steps=steps,
+        global_batch_size=config.train.global_batch_size,
+        with_documents=config.data.document_mask,
+        parallel=config.parallel.model_copy(update={"data": 1}),
+    )
+
+
+def plan(trial: Trial, ranks: int) -> tuple[list[Trial], list[Skipped]]:
+    """A trial for every layout on ``ranks`` processes and on each divisor of them, and the layouts that cannot be.
+
+    Micro-batch sizes alternate between layouts, so that equal results also prove that they do not matter.
+    """
+    trials: list[Trial] = []
+    skipped: list[Skipped] = []
+    for parallel in _all_layouts(ranks):
+        parallel = parallel.model_copy(update={"distributed_optimizer": trial.parallel.distributed_optimizer})
+        data = parallel.data or 1
+        try:
+            trial.model.check_parallel(parallel.tensor, parallel.pipeline, parallel.expert)
+        except ValueError as error:
+            skipped.append(Skipped(parallel.label(), str(error)))
+            continue
+        if trial.global_batch_size % data:
+            reason = f"train.global_batch_size {trial.global_batch_size} is not a multiple of parallel.data {data}"
+            skipped.append(Skipped(parallel.label(), reason))
+            continue
+        rows = trial.global_batch_size // data
+        sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+        trials.append(replace(trial, parallel=parallel, micro_batch_size=sizes[len(trials) % len(sizes)]))
+    return trials, skipped
+
+
+def prove(
+    trial: Trial, trials: list[Trial], skipped: list[Skipped], pool: RankPool, progress: Callable[[LayoutResult], None]
+) -> Proof:
+    """Train the reference and every trial, and compare.
+
+    Args:
+        trial: what to train.
+        trials: the same on each layout, as :func:`plan` gives them.
+        skipped: for the record.
+        pool: at least as many ranks as the largest layout.
+        progress: called with each layout's result.
+    """
+    started = time.monotonic()
+    results = []
+    with tempfile.TemporaryDirectory(prefix="lightbulb-proof-") as name:
+        folder = Path(name)
+        (reference,) = pool.run(1, train_reference, trial, folder)
+        for candidate in trials:
+            results.append(compare_layout(candidate, reference, folder, pool))
+            progress(results[-1])
+    return Proof(trial, reference, results, skipped, time.monotonic() - started)
+
+
+def compare_layout(
+    trial: Trial,
+    reference: Reference,
+    folder: Path,
+    pool: RankPool,
+    job: Callable[..., RankReport] = train_layout,
+) -> LayoutResult:
+    """Train one layout and judge it; a rank that fails is a failure of the layout.
+
+    Args:
+        trial: what to train.
+        reference: the plain training of the same.
+        folder: its tensors.
+        pool: at least as many ranks as the layout.
+        job: what each rank runs; the tests plant bugs here.
+    """
+    started = time.monotonic()
+    parallel = trial.parallel
+    world_size = parallel.tensor * parallel.pipeline * (parallel.data or 1)
+    try:
+        reports: list[RankReport] = pool.run(world_size, job, trial, reference, folder)
+    except JobError as error:
+        return LayoutResult(trial, time.monotonic() - started, {}, [f"{trial.label()}: {error}"])
+    total = RankReport()
+    for report in reports:
+        for quantity, difference in report.worst.items():
+            total.note(quantity, difference)
+    failures = [f"{trial.label()}: {line}" for line in [*_broken_bounds(total), *_missing(reports, reference)]]
+    return LayoutResult(trial, time.monotonic() - started, total.worst, failures)
+
+
+def _all_layouts(ranks: int) -> Iterator[ParallelConfig]:
+    for world_size in range(1, ranks + 1):
+        if ranks % world_size == 0:
+            yield from layouts(world_size)
+
+
+def _broken_bounds(report: RankReport) -> Iterator[str]:
+    for quantity, bound in BOUNDS.items():
+        found = report.worst.get(quantity)
+        if found is not None and not found.value <= bound:
+            yield (
+                f"{quantity}: {found.where} is {found.ours:.8g} instead of {found.expected:.8g}, "
+                f"a difference of {found.value:.3g} where {bound:g} is allowed"
+            )
+
+
+def _missing(reports: list[RankReport], reference: Reference) -> Iterator[str]:
+    """Parameters that the ranks together do not hold whole."""
+    for name, shape in reference.shapes.items():
+        parts = {report.held[name] for report in reports if name in report.held}
+        elements = sum(math.prod(stop - start for start, stop in part) for part in parts)
+        if elements != math.prod(shape):
+            yield f"{name}: the ranks hold {elements} of its {math.prod(shape)} elements"
+
+
+def _value(result: LayoutResult, quantity: str) -> float:
+    if quantity in result.worst:
+        return result.worst[quantity].value
+    return math.inf if not result.worst else 0.0  # a dense model has no routers

@@ -1,0 +1,98 @@
+"""Layouts against plain PyTorch. `lightbulb prove` does all of them; these are one of each kind."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lightbulb.evaluation.proof import BOUNDS, compare_layout
+from lightbulb.evaluation.trial import Reference, Trial
+from lightbulb.parallel.topology import ParallelConfig
+from lightbulb.parallel.workers import RankPool
+
+Referenced = Callable[..., tuple[Trial, Reference, Path]]
+
+LAYOUTS = [
+    # tensor, pipeline, expert, data, micro-batch
+    (1, 1, 1, 1, 4),
+    (1, 1, 2, 4, 1),
+    (1, 2, 2, 2, 2),
+    (1, 4, 1, 1, 4),
+    (2, 1, 2, 2, 1),
+    (2, 2, 1, 1, 2),
+]
+
+
+def layout(tensor: int, pipeline: int, expert: int, data: int, distributed: bool = True) -> ParallelConfig:
+    return ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert, data=data, distributed_optimizer=distributed)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "expert", "data", "micro"), LAYOUTS)
+def test_layout_trains_what_one_process_trains(
+    ranks: RankPool, referenced: Referenced, tensor: int, pipeline: int, expert: int, data: int, micro: int
+) -> None:
+    trial, reference, folder = referenced()
+    trial = replace(trial, parallel=layout(tensor, pipeline, expert, data), micro_batch_size=micro)
+    result = compare_layout(trial, reference, folder, ranks)
+    assert result.ok, "\n".join(result.failures)
+    assert result.worst.keys() == BOUNDS.keys()
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "expert", "data", "micro"), [(1, 2, 2, 2, 1), (2, 2, 1, 1, 4)])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_tied_embeddings_and_document_masks(
+    ranks: RankPool,
+    referenced: Referenced,
+    tensor: int,
+    pipeline: int,
+    expert: int,
+    data: int,
+    micro: int,
+    distributed: bool,
+) -> None:
+    trial, reference, folder = referenced(with_documents=True, tie_embeddings=True)
+    parallel = layout(tensor, pipeline, expert, data, distributed)
+    result = compare_layout(replace(trial, parallel=parallel, micro_batch_size=micro), reference, folder, ranks)
+    assert result.ok, "\n".join(result.failures)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "expert", "data"), [(1, 1, 4, 4), (2, 1, 1, 2), (1, 1, 1, 2)])
+def test_plain_optimizer_equals_the_distributed_one(
+    ranks: RankPool, referenced: Referenced, tensor: int, pipeline: int, expert: int, data: int
+) -> None:
+    trial, reference, folder = referenced()
+    trial = replace(trial, parallel=layout(tensor, pipeline, expert, data, distributed=False), micro_batch_size=2)
+    result = compare_layout(trial, reference, folder, ranks)
+    assert result.ok, "\n".join(result.failures)
+
+
+def test_gates_from_the_full_softmax_with_one_expert_per_token(ranks: RankPool, referenced: Referenced) -> None:
+    router = {"top_k": 1, "normalize_gates": False, "balance_loss": 0.1}
+    channel = {"type": "switch", "num_experts": 8, "hidden_dim": 16, "router": router}
+    block = {"token": {"type": "attention", "num_heads": 2}, "channel": channel}
+    trial, reference, folder = referenced(block_pattern=[block])
+    trial = replace(trial, parallel=layout(2, 1, 2, 2), micro_batch_size=2)
+    result = compare_layout(trial, reference, folder, ranks)
+    assert result.ok, "\n".join(result.failures)
+
+
+def test_the_trial_brings_out_what_it_should(referenced: Referenced) -> None:
+    _, reference, _ = referenced()
+    assert min(result.clip_coefficient for result in reference.results) < 1.0
+    for router in reference.results[0].routers.values():
+        assert max(router["load"]) > 1.05 / len(router["load"])  # so that the balance gradient is not zero at step 2
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "expert", "data"), [(1, 1, 1, 1), (2, 1, 2, 2)])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_bfloat16_stays_close(
+    ranks: RankPool, referenced: Referenced, tensor: int, pipeline: int, expert: int, data: int, distributed: bool
+) -> None:
+    trial, reference, folder = referenced()
+    parallel = layout(tensor, pipeline, expert, data, distributed)
+    trial = replace(trial, parallel=parallel, micro_batch_size=2, precision="bf16")
+    worst = compare_layout(trial, reference, folder, ranks).worst
+    assert worst["loss"].value < 0.005
+    assert worst["grad_norm"].value < 0.02
+    assert worst["weight"].value < 0.02

@@ -1,0 +1,56 @@
+"""`lightbulb prove` from the command line, with two ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightbulb.evaluation import proof
+from lightbulb.launcher import prove
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs/debug/moe.yaml")
+SMALL = ["model.num_layers=2", "train.global_batch_size=4"]
+
+
+def run(output: Path, *argv: str) -> int:
+    return prove.main([CONFIG, *SMALL, "--ranks", "2", "--steps", "2", "--output", str(output), *argv])
+
+
+def test_two_ranks_agree_and_the_certificate_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "proof") == 0
+    printed = capsys.readouterr()
+    line = json.loads(printed.out.splitlines()[-1])
+    assert line["ok"] is True and line["layouts"] == 5 and line["skipped"] == 0
+    assert (
+        0 < line["worst_grad_rel_diff"] < 1e-4 and line["worst_loss_diff"] < 1e-5 and line["worst_weight_diff"] < 1e-5
+    )
+    assert line["seconds"] > 0
+    certificate = json.loads(Path(line["certificate"]).read_text())
+    assert [entry["layout"] for entry in certificate["compared"]][-1] == "TP2xPP1xEP1xDP1"
+    assert certificate["reference"][0]["clip_coefficient"] < 1.0
+    assert "| TP1xPP2xEP1xDP1 |" in (tmp_path / "proof" / "certificate.md").read_text()
+    assert "TP1xPP1xEP2xDP2 micro-batch" in printed.err  # progress
+
+
+def test_a_broken_bound_names_layout_place_and_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(proof.BOUNDS, "gradient", 1e-12)
+    assert run(tmp_path, "--steps", "1", "--ranks", "1") == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])["failed"] == ["TP1xPP1xEP1xDP1 micro-batch 1"]
+    assert "error: TP1xPP1xEP1xDP1 micro-batch 1: gradient: " in printed.err
+    assert " at step 1 is " in printed.err and "where 1e-12 is allowed" in printed.err
+
+
+def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "model.dimm=3") == 1
+    assert "unknown key 'dimm'" in capsys.readouterr().err
+    assert prove.main([str(tmp_path / "none.yaml")]) == 1
+    assert "no such config file" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file" / "proof") == 1
+    assert "a file stands where a folder is needed" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, "--ranks", "0")

@@ -1,0 +1,190 @@
+"""The language model as a whole: cost, decoding, causality, documents, stages, errors."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightbulb.config import ConfigError, build_config
+from lightbulb.models.language import LanguageConfig, LanguageModel
+from lightbulb.nn.cross_entropy import IGNORE
+from lightbulb.nn.parameter import initialise
+from lightbulb.parallel.pipeline_cut import language_stages
+
+ATTENTION = {"type": "attention", "num_heads": 4, "num_kv_heads": 2}
+MLP = {"type": "mlp", "hidden_dim": 24}
+SWITCH = {"type": "switch", "num_experts": 4, "hidden_dim": 12, "router": {"top_k": 2}}
+TOP_ONE = {"type": "switch", "num_experts": 3, "hidden_dim": 12, "router": {"top_k": 1, "normalize_gates": False}}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"block_pattern": [{"token": ATTENTION, "channel": MLP}]},
+    "moe": {"block_pattern": [{"token": ATTENTION, "channel": MLP}, {"token": ATTENTION, "channel": SWITCH}]},
+    "top1": {"block_pattern": [{"token": ATTENTION, "channel": TOP_ONE}]},
+    "tied": {"block_pattern": [{"token": ATTENTION, "channel": SWITCH}], "tie_embeddings": True},
+    "qk_norm": {"block_pattern": [{"token": ATTENTION | {"qk_norm": True, "head_dim": 6}, "channel": MLP}]},
+}
+
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def config_of(name: str, **changes: Any) -> LanguageConfig:
+    values = {"vocab_size": 40, "dim": 16, "num_layers": 4, "context_length": 10}
+    return build_config(LanguageConfig, values | MODELS[name] | changes)
+
+
+def model_of(name: str) -> LanguageModel:
+    model = config_of(name).build()
+    initialise(model, 0)
+    return model.eval()
+
+
+def tokens_of(batch: int = 2, length: int = 10) -> Tensor:
+    return torch.randint(0, 40, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@every_model
+def test_cost_counts_the_parameters_that_are_built(name: str) -> None:
+    config = config_of(name)
+    cost = config.cost()
+    assert cost.params == sum(p.numel() for p in config.build().parameters())
+    assert 0 < cost.active_params <= cost.params
+    assert cost.train_flops == 3 * cost.forward_flops > 2 * cost.active_params  # attention comes on top
+
+
+def test_active_parameters_of_experts() -> None:
+    dense = config_of("dense", block_pattern=[{"token": ATTENTION, "channel": {"type": "mlp", "hidden_dim": 24}}])
+    routed = config_of("dense", block_pattern=[{"token": ATTENTION, "channel": SWITCH}])
+    router = 4 * 4 * 16
+    assert routed.cost().active_params == dense.cost().active_params + router  # two experts of half the width
+    assert routed.cost().params > dense.cost().params
+
+
+@every_model
+@torch.no_grad()
+def test_prefill_and_single_steps_equal_one_full_pass(name: str) -> None:
+    model, tokens = model_of(name), tokens_of()
+    full = model(tokens)
+    state = model.init_state(2, 10)
+    logits, state = model.decode(tokens[:, :4], state)
+    parts = [logits]
+    for position in range(4, 10):
+        logits, state = model.decode(tokens[:, position : position + 1], state)
+        parts.append(logits)
+    assert state["position"] == 10
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-4, atol=1e-5)
+
+
+@every_model
+@torch.no_grad()
+def test_the_future_does_not_leak(name: str) -> None:
+    model, tokens = model_of(name), tokens_of()
+    changed = tokens.clone()
+    changed[:, 6] = (changed[:, 6] + 1) % 40
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(after[:, :6], before[:, :6], rtol=0, atol=1e-5)
+    assert (after[:, 6:] - before[:, 6:]).abs().amax(-1).min() > 1e-4
+
+
+@every_model
+@torch.no_grad()
+def test_packed_documents_do_not_leak(name: str) -> None:
+    model, tokens = model_of(name), tokens_of()
+    documents = (torch.arange(10) >= 4).long().expand(2, -1)
+    changed = tokens.clone()
+    changed[:, :4] = (changed[:, :4] + 1) % 40
+    before, after = model(tokens, None, documents), model(changed, None, documents)
+    torch.testing.assert_close(after[:, 4:], before[:, 4:], rtol=0, atol=1e-5)
+    assert (model(tokens)[:, 4:] - before[:, 4:]).abs().max() > 1e-3  # without ids the documents see each other
+
+
+@every_model
+def test_losses_are_those_of_the_logits(name: str) -> None:
+    model, tokens = model_of(name), tokens_of()
+    labels = tokens.roll(-1, 1).masked_fill(torch.arange(10) >= 8, IGNORE)
+    expected = torch.nn.functional.cross_entropy(model(tokens).transpose(1, 2), labels, reduction="none")
+    torch.testing.assert_close(model(tokens, labels), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_model
+def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
+    model, tokens = model_of(name).train(), tokens_of(8)
+    model(tokens, tokens.roll(-1, 1)).sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.abs().max() > 0, parameter_name
+
+
+@every_model
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_stages_together_are_the_whole_model(name: str, stages: int) -> None:
+    config = config_of(name)
+    whole = {n: tuple(p.shape) for n, p in config.build().named_parameters()}
+    parts = [config.build(stage) for stage in language_stages(config, stages)]
+    names = [n for part in parts for n, p in part.named_parameters() if not getattr(p, "shared", False)]
+    assert sorted(names) == sorted(whole)
+    assert all(whole[n] == tuple(p.shape) for part in parts for n, p in part.named_parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["moe", "tied"])
+def test_stages_in_a_row_compute_what_the_whole_model_computes(name: str) -> None:
+    config, tokens = config_of(name), tokens_of()
+    x = None
+    for stage in language_stages(config, 3):
+        part = config.build(stage).eval()
+        initialise(part, 0)
+        part.set_input_tensor([x])
+        x = part(tokens)
+    torch.testing.assert_close(x, model_of(name)(tokens))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dimm": 3}, "unknown key 'dimm', did you mean 'dim'"),
+        ({"num_layers": 3, **MODELS["moe"]}, "block_pattern has 2 blocks, which does not divide num_layers 3"),
+        (
+            {"block_pattern": [{"token": ATTENTION | {"heads": 2}, "channel": MLP}]},
+            r"block_pattern\.0\.token: unknown key 'heads'.*valid keys: .*num_heads",
+        ),
+        (
+            {"block_pattern": [{"token": {"type": "atention", "num_heads": 2}, "channel": MLP}]},
+            r"block_pattern\.0\.token: unknown token_mixer 'atention', did you mean 'attention'",
+        ),
+        (
+            {"block_pattern": [{"token": ATTENTION, "channel": {"hidden_dim": 4}}]},
+            r"block_pattern\.0\.channel: expected a mapping with 'type: <name>'",
+        ),
+        (
+            {"block_pattern": [{"token": ATTENTION, "channel": MLP, "chanel": MLP}]},
+            r"block_pattern\.0: unknown key 'chanel', did you mean 'channel'",
+        ),
+        (
+            {"block_pattern": [{"token": ATTENTION, "channel": SWITCH | {"router": {"top_k": 9}}}]},
+            r"block_pattern\.0\.channel: router.top_k 9 exceeds num_experts 4",
+        ),
+        (
+            {"block_pattern": [{"token": {"type": "attention", "num_heads": 5}, "channel": MLP}]},
+            "dim 16 does not divide into num_heads 5 heads",
+        ),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_of("dense", **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "message"),
+    [
+        ("dense", (3, 1, 1), r"model.vocab_size 40 cannot be split over parallel.tensor 3; raise it to 42"),
+        ("dense", (1, 5, 1), r"parallel.pipeline 5 exceeds model.num_layers 4"),
+        ("dense", (1, 1, 2), r"parallel.expert 2 has no effect"),
+        ("moe", (1, 1, 3), r"model.block_pattern.1.channel.num_experts 4 cannot be split over parallel.expert 3"),
+        ("moe", (8, 1, 1), r"model.block_pattern.0.token.num_.*heads . cannot be split over parallel.tensor 8"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_named(name: str, degrees: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(name).check_parallel(*degrees)
