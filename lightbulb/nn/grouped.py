@@ -1,9 +1,14 @@
-"""Grouped linear: one matrix per expert over rows sorted by expert."""
+"""Products with one matrix per expert, over rows sorted by expert."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
+
+from lightbulb.nn.activation import swiglu_grad_
+from lightbulb.nn.precision import product_dtype
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
@@ -20,6 +25,21 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     return _GroupedLinear.apply(rows, weight, counts)
 
 
+def grouped_swiglu(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+    """``y[r] = down[e] @ (silu(gate[e] @ rows[r]) * (up[e] @ rows[r]))`` with ``e`` the expert of r.
+
+    Args:
+        rows: ``[R, dim]``, sorted by expert.
+        gate_up: ``[E, 2, hidden, dim]``: each expert's gate, then its up matrix.
+        down: ``[E, dim, hidden]``.
+        counts: rows of each expert; zeros are fine, the sum is R.
+
+    Returns:
+        ``[R, dim]``. The gradient of an expert without rows is zero, not missing.
+    """
+    return _GroupedSwiGLU.apply(rows, gate_up.flatten(1, 2), down, counts)
+
+
 class _GroupedLinear(torch.autograd.Function):
     """A loop of matrix products written straight into preallocated results: no concatenation, no copies."""
 
@@ -33,18 +53,72 @@ class _GroupedLinear(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         grad = grad.contiguous()
         grad_rows = torch.empty_like(rows)
-        grad_weight = torch.empty_like(weight)
-        for expert, count in enumerate(ctx.counts):
-            if count == 0:
-                grad_weight[expert].zero_()
+        grad_weight = _empty_gradient(weight, ctx.counts)
         for expert, part in _parts(ctx.counts):
             torch.mm(grad[part], weight[expert], out=grad_rows[part])
             torch.mm(grad[part].t(), rows[part], out=grad_weight[expert])
         return grad_rows, grad_weight, None
+
+
+class _GroupedSwiGLU(torch.autograd.Function):
+    """Expert by expert through both products, so that an expert's activations are still in cache for the next step.
+
+    Keeps the rows and the inputs of the activation; what is derived from them is computed again in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+        dtype = product_dtype(rows)
+        inner = rows.new_empty(len(rows), gate_up.shape[1], dtype=dtype)
+        result = torch.empty_like(rows)
+        for expert, part in _parts(counts):
+            torch.mm(rows[part].to(dtype), gate_up[expert].to(dtype).t(), out=inner[part])
+            gate, up = inner[part].chunk(2, dim=-1)
+            _product(silu(gate).mul_(up), down[expert].to(dtype).t(), result[part])
+        ctx.save_for_backward(rows, gate_up, down, inner)
+        ctx.counts = counts
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gate_up, down, inner = ctx.saved_tensors
+        dtype = inner.dtype
+        grad_rows = torch.empty_like(rows)
+        grad_gate_up, grad_down = _empty_gradient(gate_up, ctx.counts), _empty_gradient(down, ctx.counts)
+        for expert, part in _parts(ctx.counts):
+            incoming = grad[part].to(dtype)
+            gate, up = inner[part].chunk(2, dim=-1)
+            activated = silu(gate)
+            _product(incoming.t(), activated * up, grad_down[expert])
+            grad_inner = torch.empty_like(inner[part])
+            grad_hidden = incoming @ down[expert].to(dtype)
+            swiglu_grad_(gate, activated, up, grad_hidden, grad_inner.chunk(2, dim=-1))
+            _product(grad_inner, gate_up[expert].to(dtype), grad_rows[part])
+            _product(grad_inner.t(), rows[part].to(dtype), grad_gate_up[expert])
+        return grad_rows, grad_gate_up, grad_down, None
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a @ b``, rounded to out's dtype."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _empty_gradient(weight: Tensor, counts: list[int]) -> Tensor:
+    """Room for a gradient, zero for experts without rows."""
+    gradient = torch.empty_like(weight)
+    for expert, count in enumerate(counts):
+        if count == 0:
+            gradient[expert].zero_()
+    return gradient
 
 
 def _parts(counts: list[int]) -> list[tuple[int, slice]]:

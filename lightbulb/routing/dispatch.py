@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import all_to_all_single
+from torch.nn.functional import embedding_bag
 
 from lightbulb.nn.groups import Axis
 from lightbulb.routing.router import Routing
@@ -134,10 +135,8 @@ class _Spread(torch.autograd.Function):
         inverse, kept = ctx.saved_tensors
         if len(grad) == 0:
             return grad.new_zeros(len(inverse) // ctx.top_k, grad.shape[1]), None, None, None, None
-        parts = grad.index_select(0, inverse).view(-1, ctx.top_k, grad.shape[1])
-        if kept is not None:
-            parts = parts * kept[..., None]
-        return parts.sum(1), None, None, None, None
+        weights = None if kept is None else kept.to(grad.dtype)
+        return _gather_sum(grad, inverse.view(-1, ctx.top_k), weights), None, None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -148,19 +147,23 @@ class _WeightedSum(torch.autograd.Function):
         ctx.save_for_backward(rows, gates, order, inverse)
         if len(rows) == 0:
             return rows.new_zeros(len(gates), rows.shape[1])
-        parts = rows.index_select(0, inverse).view(*gates.shape, -1)
-        return (parts * gates.to(rows.dtype)[..., None]).sum(1)
+        return _gather_sum(rows, inverse.view(gates.shape), gates.to(rows.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, gates, order, inverse = ctx.saved_tensors
         if len(rows) == 0:
             return torch.zeros_like(rows), torch.zeros_like(gates), None, None
+        spread = grad.index_select(0, order // gates.shape[1])
+        row_gates = (rows * spread).sum(-1, dtype=gates.dtype)
+        grad_gates = row_gates.index_select(0, inverse).view(gates.shape)
         weights = gates.to(rows.dtype).flatten().index_select(0, order)
-        grad_rows = grad.index_select(0, order // gates.shape[1]) * weights[:, None]
-        parts = rows.index_select(0, inverse).view(*gates.shape, -1)
-        grad_gates = (parts.float() * grad.float()[:, None]).sum(-1)
-        return grad_rows, grad_gates, None, None
+        return spread.mul_(weights[:, None]), grad_gates, None, None
+
+
+def _gather_sum(rows: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
+    """``sum_k weights[t, k] * rows[index[t, k]]`` in one pass, without the gathered rows."""
+    return embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
 
 
 class _Permute(torch.autograd.Function):

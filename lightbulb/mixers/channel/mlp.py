@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import silu
 
 from lightbulb.config import Cost
 from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context
+from lightbulb.nn.activation import swiglu
 from lightbulb.nn.groups import enter_tensor_region, tensor_axis
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.parameter import Init
@@ -32,7 +32,8 @@ class MLPConfig(ChannelMixerConfig):
     def check_tensor_parallel(self, degree: int) -> None:
         if self.hidden_dim % degree:
             raise ValueError(
-                f"hidden_dim {self.hidden_dim} cannot be split over parallel.tensor {degree}; choose a multiple of {degree}"
+                f"hidden_dim {self.hidden_dim} cannot be split over parallel.tensor {degree}; "
+                f"choose a multiple of {degree}"
             )
 
 
@@ -48,4 +49,4 @@ class MLP(ChannelMixer):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = enter_tensor_region(x, self.axis)
-        return self.down(silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x)))

@@ -10,12 +10,11 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from lightbulb.config import Cost
 from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context
+from lightbulb.nn.grouped import grouped_swiglu
 from lightbulb.nn.groups import enter_tensor_region, exit_tensor_region, expert_axis, tensor_axis
-from lightbulb.nn.grouped import grouped_linear
 from lightbulb.nn.parameter import Init, Logical, make_parameter
 from lightbulb.registry import register
 from lightbulb.routing.dispatch import capacity, combine, dispatch
@@ -54,7 +53,8 @@ class SwitchConfig(ChannelMixerConfig):
     def check_tensor_parallel(self, degree: int) -> None:
         if self.hidden_dim % degree:
             raise ValueError(
-                f"hidden_dim {self.hidden_dim} cannot be split over parallel.tensor {degree}; choose a multiple of {degree}"
+                f"hidden_dim {self.hidden_dim} cannot be split over parallel.tensor {degree}; "
+                f"choose a multiple of {degree}"
             )
 
     def check_expert_parallel(self, degree: int) -> None:
@@ -79,8 +79,7 @@ class SwiGLUExperts(nn.Module):
 
     def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
         """``rows [R, dim]``; ``counts`` rows for each local expert."""
-        gate, up = grouped_linear(rows, self.gate_up.flatten(1, 2), counts).chunk(2, dim=-1)
-        return grouped_linear(silu(gate) * up, self.down, counts)
+        return grouped_swiglu(rows, self.gate_up, self.down, counts)
 
 
 class Switch(ChannelMixer):

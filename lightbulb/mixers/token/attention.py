@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from lightbulb.config import Cost
 from lightbulb.mixers.base import Context, DecodeState, TokenMixer, TokenMixerConfig
+from lightbulb.nn.attention import attend, causal_attention
 from lightbulb.nn.groups import enter_tensor_region, tensor_axis
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.norm import RMSNorm
@@ -104,7 +104,9 @@ class Attention(TokenMixer):
             self.query_norm = RMSNorm(self.width, config.norm_eps)
             self.key_norm = RMSNorm(self.width, config.norm_eps)
 
-    def forward(self, x: Tensor, context: Context, state: DecodeState | None = None) -> tuple[Tensor, DecodeState | None]:
+    def forward(
+        self, x: Tensor, context: Context, state: DecodeState | None = None
+    ) -> tuple[Tensor, DecodeState | None]:
         length, batch, _ = x.shape
         x = enter_tensor_region(x, self.axis)
         query = self.query(x).view(length, batch, self.heads, self.width)
@@ -117,7 +119,7 @@ class Attention(TokenMixer):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         if state is None:
-            mixed = self._attend(query, key, value, _document_mask(context))
+            mixed = causal_attention(query, key, value, _document_mask(context))
         else:
             mixed, state = self._attend_with_past(query, key, value, context, state)
         return self.output(mixed.permute(2, 0, 1, 3).reshape(length, batch, -1)), state
@@ -125,12 +127,6 @@ class Attention(TokenMixer):
     def init_state(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> DecodeState:
         shape = (batch_size, self.kv_heads, max_length, self.width)
         return {name: torch.zeros(shape, device=device, dtype=dtype) for name in ("key", "value")}
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        groups = self.heads // self.kv_heads
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
 
     def _attend_with_past(
         self, query: Tensor, key: Tensor, value: Tensor, context: Context, state: DecodeState
@@ -141,7 +137,7 @@ class Attention(TokenMixer):
         state["value"].index_copy_(2, context.positions, value)
         known = int(context.positions[-1]) + 1
         mask = torch.arange(known, device=query.device) <= context.positions[:, None]
-        return self._attend(query, state["key"][:, :, :known], state["value"][:, :, :known], mask), state
+        return attend(query, state["key"][:, :, :known], state["value"][:, :, :known], mask), state
 
 
 def _document_mask(context: Context) -> Tensor | None:
