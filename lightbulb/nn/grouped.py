@@ -97,8 +97,9 @@ class _GroupedSwiGLU(torch.autograd.Function):
             activated = silu(gate)
             _product(incoming.t(), activated * up, grad_down[expert])
             grad_inner = torch.empty_like(inner[part])
+            grad_gate, grad_up = grad_inner.chunk(2, dim=-1)
             grad_hidden = incoming @ down[expert].to(dtype)
-            swiglu_grad_(gate, activated, up, grad_hidden, grad_inner.chunk(2, dim=-1))
+            swiglu_grad_(gate, activated, up, grad_hidden, (grad_gate, grad_up))
             _product(grad_inner, gate_up[expert].to(dtype), grad_rows[part])
             _product(grad_inner.t(), rows[part].to(dtype), grad_gate_up[expert])
         return grad_rows, grad_gate_up, grad_down, None

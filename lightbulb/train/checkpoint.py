@@ -281,7 +281,6 @@ def load_into(engine: Engine, checkpoint: Checkpoint) -> None:
         router.load.copy_(checkpoint.read(f"{name}.load", (slice(0, router.num_experts),)))
 
 
-
 def load_model_for_inference(run: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:
     """The newest checkpoint of a run as one whole model in evaluation mode, on CUDA when there is a device.
 

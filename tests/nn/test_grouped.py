@@ -22,7 +22,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def naive_swiglu(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
     results = [
-        down[e] @ (silu(gate_up[e, 0] @ row) * (gate_up[e, 1] @ row)) for row, e in zip(rows, experts_of(counts))
+        down[e] @ (silu(gate_up[e, 0] @ row) * (gate_up[e, 1] @ row))
+        for row, e in zip(rows, experts_of(counts), strict=True)
     ]
     return torch.stack(results) if results else rows.new_empty(0, down.shape[1])
 
