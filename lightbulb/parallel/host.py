@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from lightbulb.nn.precision import has_amx
+
 Precision = Literal["fp32", "bf16"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -34,8 +36,7 @@ def pick_precision(device: torch.device, dim: int) -> Precision:
     """bf16 where the device is fast at it for a model of this width, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has_amx = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-    return "bf16" if has_amx and dim >= _BF16_CPU_MIN_DIM else "fp32"
+    return "bf16" if has_amx() and dim >= _BF16_CPU_MIN_DIM else "fp32"
 
 
 def tune_allocator() -> bool:

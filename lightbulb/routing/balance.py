@@ -19,15 +19,16 @@ from torch import Tensor
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.dtype = loss.dtype
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.new_ones((), dtype=torch.float32)
+        return grad, grad.new_ones((), dtype=ctx.dtype)
 
 
 def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
-    """Return ``x`` unchanged; when gradients flow back through it, ``loss`` (a float32 scalar) is differentiated too.
+    """Return ``x`` unchanged; when gradients flow back through it, ``loss`` (a scalar) is differentiated too.
 
     This lets a loss live on any pipeline stage. It must be a *sum* over tokens: the engine divides all gradients by
     the number of tokens of the global batch.

@@ -63,7 +63,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """Route ``x [T, dim]``; in training the auxiliary losses hang on the gates."""
-        logits = linear(x.float(), self.weight)
+        logits = linear(x.to(self.weight.dtype), self.weight)  # float32, whatever x is
         probabilities = logits.softmax(-1)
         if self.config.normalize_gates:
             scores, experts = logits.topk(self.config.top_k, dim=-1)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_tensorboard_has_the_scalars_and_forgets_what_was_rewound(tmp_path: Path):
     write_steps(tmp_path, 1, 4)
+    time.sleep(1.1)  # TensorBoard orders its files by the second they were opened in
     with MetricsWriter(tmp_path, 100) as writer:
         writer.rewind(2)
         writer.write(record(3, loss=1.0, expert_load={"1": [0.7, 0.3]}, router_entropy={"1": 0.6}))
