@@ -3,7 +3,7 @@
 #   make test       the quick tests        make test-all   with the slow ones
 #   make lint       ruff and mypy          make bench      benchmarks, results in docs/results
 
-PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 PROCESSES ?= 2
 BIN := .venv/bin
 READY := .venv/.ready

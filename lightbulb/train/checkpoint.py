@@ -205,7 +205,10 @@ class Checkpoint:
             for part in record["parts"]:
                 if part["file"] not in self.files:
                     raise CheckpointError(f"{folder}/manifest.json: {part['file']!r} of {name!r} is not listed")
-        self.state = TrainState(**self._json("state.json"))
+        try:
+            self.state = TrainState(**self._json("state.json"))
+        except TypeError as error:
+            raise CheckpointError(f"{folder}/state.json: written by another version ({error})") from None
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         """The part of a logical tensor that the slices select.

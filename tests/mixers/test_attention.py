@@ -1,99 +1,177 @@
-"""Attention against a loop over positions, with shared key heads, norms, masks, and all gradients."""
+"""Attention against its formula in float64, and its promises: causal, decode equals forward, documents apart."""
 
 import pytest
 import torch
+from torch import Tensor
 
-from lightbulb.config import ConfigError, build_config
 from lightbulb.mixers.base import Context
-from lightbulb.mixers.token.attention import AttentionConfig
+from lightbulb.mixers.token.attention import Attention, AttentionConfig
+from lightbulb.nn import attention as blocks
+from lightbulb.nn import precision
+from lightbulb.nn.attention import attend, causal_attention
 from lightbulb.nn.parameter import Init, initialise
-from lightbulb.nn.rope import rotary_angles, rotate
 
-DIM = 24
+DIM = 16
 
 
-def build(**values):
-    config = build_config(AttentionConfig, {"num_heads": 4} | values)
+def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    allowed = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
+    scores = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
+    return scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ value
+
+
+def heads(
+    length: int, num_heads: int = 4, kv_heads: int = 2, width: int = 6, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    counts = (num_heads, kv_heads, kv_heads)
+    return tuple(torch.randn(2, n, length, width).to(dtype).requires_grad_() for n in counts)  # type: ignore[return-value]
+
+
+def documents(length: int) -> Tensor:
+    """``[2, length]``: document ids that differ between the two samples."""
+    positions = torch.arange(length)
+    return torch.stack([positions // 3, (positions >= length // 2).long()])
+
+
+def document_mask(length: int) -> Tensor:
+    ids = documents(length)
+    return (ids[:, :, None] == ids[:, None]).logical_and(torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("num_heads", "kv_heads"), [(1, 1), (3, 3), (4, 2), (4, 1)])
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_core_values_and_gradients(
+    length: int, num_heads: int, kv_heads: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_ROWS", 2)
+    inputs, mask = heads(length, num_heads, kv_heads), document_mask(length) if masked else None
+    assert torch.allclose(causal_attention(*inputs, mask), naive(*inputs, mask), atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *inputs: causal_attention(*inputs, mask), inputs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [127, 128, 129, 300])  # a block has 128 rows
+def test_blocks_meet_at_their_edges(length: int, masked: bool) -> None:
+    inputs, mask = heads(length), document_mask(length) if masked else None
+    found, wanted = causal_attention(*inputs, mask), naive(*inputs, mask)
+    assert torch.allclose(found, wanted, atol=1e-12)
+    grad = torch.randn_like(wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-11)
+
+
+def test_longer_sequences_go_to_pytorch_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = heads(40)
+    short = causal_attention(*inputs)
+    monkeypatch.setattr(blocks, "_LONGEST", 39)
+    assert torch.allclose(causal_attention(*inputs), short, atol=1e-12)
+    assert torch.allclose(attend(*inputs, document_mask(40)), naive(*inputs, document_mask(40)), atol=1e-12)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_core_in_lower_precision_is_within_rounding(
+    amx: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_amx", lambda: amx)
+    lower = heads(150, dtype=dtype)
+    exact = tuple(t.detach().double().requires_grad_() for t in lower)
+    found, wanted = causal_attention(*lower), naive(*exact)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    assert (found - wanted).norm() < tolerance * wanted.norm()
+    grad = torch.randn_like(found)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, lower, grad), torch.autograd.grad(wanted, exact, grad.double()), strict=True
+    ):
+        assert ours.dtype == dtype
+        assert (ours - theirs).norm() < tolerance * theirs.norm()
+
+
+def mixer(dtype: torch.dtype = torch.float64, **changes: object) -> Attention:
+    config = AttentionConfig.model_validate({"num_heads": 4, "num_kv_heads": 2, "qk_norm": True} | changes)
     module = config.build(DIM, 64, Init(0.3, 0.3))
     initialise(module, 0)
-    return module.double()
+    return module.to(dtype)
 
 
-def inputs(length, batch=2):
-    return torch.randn(length, batch, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+def run(module: Attention, x: Tensor, ids: Tensor | None = None) -> Tensor:
+    return module(x, Context(torch.arange(len(x)), ids))[0]
 
 
-def naive(module, x, documents=None):
-    """One query position at a time."""
-    length, batch, _ = x.shape
-    heads, kv_heads, width = module.heads, module.kv_heads, module.width
-    query = module.query(x).view(length, batch, heads, width)
-    key = module.key(x).view(length, batch, kv_heads, width)
-    value = module.value(x).view(length, batch, kv_heads, width)
-    if module.config.qk_norm:
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("kv_heads", [None, 1, 2])
+def test_mixer_values_and_gradients(kv_heads: int | None, qk_norm: bool) -> None:
+    module = mixer(num_kv_heads=kv_heads, qk_norm=qk_norm)
+    x = torch.randn(5, 2, DIM, dtype=torch.float64, requires_grad=True)
+    assert torch.allclose(run(module, x), naive_mixer(module, x), atol=1e-6)  # angles are float32
+    parameters = list(module.parameters())
+    found, wanted = (torch.autograd.grad((f(module, x) ** 2).sum(), [x, *parameters]) for f in (run, naive_mixer))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def naive_mixer(module: Attention, x: Tensor) -> Tensor:
+    """The mixer in plain operations."""
+    config, (length, batch, _) = module.config, x.shape
+    width = config.width(DIM)
+    query, key, value = (
+        (x @ part.weight.t()).view(length, batch, -1, width).permute(1, 2, 0, 3)
+        for part in (module.query, module.key, module.value)
+    )
+    if config.qk_norm:
         query, key = (
-            t * (t.square().mean(-1, keepdim=True) + module.config.norm_eps).rsqrt() * n.weight
-            for t, n in ((query, module.query_norm), (key, module.key_norm))
+            norm.weight * t / (t.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+            for t, norm in ((query, module.query_norm), (key, module.key_norm))
         )
-    cos, sin = rotary_angles(torch.arange(length), width, module.config.rope_theta)
-    query, key = (rotate(t, cos.double(), sin.double()) for t in (query, key))
-    rows = []
-    for t in range(length):
-        per_batch = []
-        for b in range(batch):
-            seen = [s for s in range(t + 1) if documents is None or documents[b, s] == documents[b, t]]
-            per_head = []
-            for h in range(heads):
-                g = h * kv_heads // heads
-                weights = (key[seen, b, g] @ query[t, b, h] / width**0.5).softmax(-1)
-                per_head.append(weights @ value[seen, b, g])
-            per_batch.append(torch.cat(per_head))
-        rows.append(torch.stack(per_batch))
-    return module.output(torch.stack(rows))
+    frequency = config.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    turn = torch.polar(torch.ones((), dtype=torch.float64), torch.arange(length)[:, None] * frequency)
+    turned = [torch.complex(*t.chunk(2, -1)) * turn for t in (query, key)]
+    query, key = (torch.cat((t.real, t.imag), -1) for t in turned)
+    return naive(query, key, value).permute(2, 0, 1, 3).flatten(2) @ module.output.weight.t()
 
 
-@pytest.mark.parametrize("length", [1, 5, 130])
-@pytest.mark.parametrize("values", [{}, {"num_kv_heads": 2, "qk_norm": True}, {"num_kv_heads": 1, "head_dim": 10}])
-def test_output_and_gradients_equal_a_loop_over_positions(length, values):
-    module, x = build(**values), inputs(length, batch=1 if length > 100 else 2).requires_grad_()
-    context = Context(torch.arange(length))
-    probe = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    found, _ = module(x, context)
-    grads = torch.autograd.grad((found * probe).sum(), [x, *module.parameters()])
-    expected = naive(module, x)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # angles are float32 in both
-    expected_grads = torch.autograd.grad((expected * probe).sum(), [x, *module.parameters()])
-    for a, b in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_documents_do_not_see_each_other():
-    module, x = build(num_kv_heads=2), inputs(9)
-    documents = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 1, 1, 2]])
-    found, _ = module(x, Context(torch.arange(9), documents))
-    torch.testing.assert_close(found, naive(module, x, documents), rtol=1e-6, atol=1e-7)
+def test_the_future_changes_nothing() -> None:
+    module, x = mixer(), torch.randn(9, 2, DIM, dtype=torch.float64)
     changed = x.clone()
-    changed[:3, 0] += 1.0
-    again, _ = module(changed, Context(torch.arange(9), documents))
-    torch.testing.assert_close(again[3:, 0], found[3:, 0], rtol=0, atol=0)
+    changed[6:] += 1.0
+    before, after = run(module, x), run(module, changed)
+    assert torch.equal(before[:6], after[:6])
+    assert not torch.allclose(before[6:], after[6:])
 
 
-@pytest.mark.parametrize("pieces", [[1] * 11, [4, 1, 6], [10, 1]])
-def test_decoding_piece_by_piece_equals_one_pass(pieces):
-    module, x = build(num_kv_heads=2, qk_norm=True).float(), inputs(11).float()
+def test_documents_do_not_see_each_other() -> None:
+    module, x = mixer(), torch.randn(8, 2, DIM, dtype=torch.float64)
+    whole = run(module, x, documents(8))
+    changed = x.clone()
+    changed[:3, 0] += 1.0  # the first document of the first sample
+    changed[:4, 1] += 1.0  # and of the second
+    after = run(module, changed, documents(8))
+    assert torch.equal(after[3:, 0], whole[3:, 0]) and torch.equal(after[4:, 1], whole[4:, 1])
+    one = torch.zeros(2, 8, dtype=torch.long)
+    assert torch.allclose(run(module, x, one), run(module, x), atol=1e-12)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [6, 1, 2], [9]], ids=str)
+def test_decode_equals_forward(chunks: list[int]) -> None:
+    module, x = mixer(), torch.randn(9, 3, DIM, dtype=torch.float64)
+    state, parts, start = module.init_state(3, 12, x.device, x.dtype), [], 0
     with torch.no_grad():
-        whole, _ = module(x, Context(torch.arange(11)))
-        state = module.init_state(2, 16, torch.device("cpu"), torch.float32)
-        parts, start = [], 0
-        for size in pieces:
-            part, state = module(x[start : start + size], Context(torch.arange(start, start + size)), state)
+        for chunk in x.split(chunks):
+            part, state = module(chunk, Context(torch.arange(start, start + len(chunk))), state)
             parts.append(part)
-            start += size
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+            start += len(chunk)
+        assert torch.allclose(torch.cat(parts), run(module, x), atol=1e-12)
 
 
-def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ConfigError, match="num_heads 4 is not a multiple of num_kv_heads 3"):
-        build_config(AttentionConfig, {"num_heads": 4, "num_kv_heads": 3})
-    with pytest.raises(ValueError, match="dim 25 does not divide"):
-        build_config(AttentionConfig, {"num_heads": 4}).width(25)
+def test_what_is_not_finite_does_not_reach_earlier_tokens_or_other_samples() -> None:
+    module, x = mixer(), torch.randn(6, 2, DIM, dtype=torch.float64)
+    broken = x.clone()
+    broken[4, 1] = float("nan")
+    clean, found = run(module, x), run(module, broken)
+    assert torch.equal(found[:, 0], clean[:, 0]) and found[4:, 1].isnan().all()

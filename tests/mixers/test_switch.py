@@ -1,173 +1,211 @@
-"""Top-k mixture of experts: limit cases that must equal a dense layer, dropping, balance, gradients."""
+"""The mixture of experts against a dense layer, and against itself with experts renamed, dropped or rounded."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from lightbulb.config import ConfigError, build_config
 from lightbulb.mixers.base import Context
-from lightbulb.mixers.channel.mlp import MLPConfig
-from lightbulb.mixers.channel.switch import SwitchConfig
+from lightbulb.mixers.channel.mlp import MLP, MLPConfig
+from lightbulb.mixers.channel.switch import Switch, SwitchConfig
 from lightbulb.nn.parameter import Init, initialise
 
-DIM, HIDDEN, LENGTH, BATCH = 12, 20, 7, 3
+DIM, HIDDEN, LENGTH, BATCH = 6, 10, 7, 2
 
 
-def build(seed=0, **values):
-    router = {"top_k": 2} | values.pop("router", {})
-    config = build_config(SwitchConfig, {"num_experts": 4, "hidden_dim": HIDDEN, "router": router} | values)
-    module = config.build(DIM, Init(0.3, 0.3))
-    initialise(module, seed)
-    return module.double()
+def switch(num_experts: int = 4, router: dict[str, Any] | None = None, **changes: Any) -> Switch:
+    values = {"num_experts": num_experts, "hidden_dim": HIDDEN, "router": router or {}} | changes
+    module = SwitchConfig.model_validate(values).build(DIM, Init(0.5, 0.5))
+    initialise(module, 0)
+    return module
 
 
-def inputs(seed=1):
-    return torch.randn(LENGTH, BATCH, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def context():
-    return Context(torch.arange(LENGTH))
-
-
-def dense_like(switch, expert=0):
-    """A dense layer with one expert's weights."""
-    mlp = MLPConfig(hidden_dim=HIDDEN).build(DIM, Init(0.3, 0.3)).double()
+def dense(experts: Switch, expert: int = 0) -> MLP:
+    """The dense layer that one expert is."""
+    module = MLPConfig(hidden_dim=HIDDEN).build(DIM, Init(0.5, 0.5))
     with torch.no_grad():
-        mlp.gate.weight.copy_(switch.experts.gate_up[expert, 0])
-        mlp.up.weight.copy_(switch.experts.gate_up[expert, 1])
-        mlp.down.weight.copy_(switch.experts.down[expert])
-    return mlp
+        module.gate.weight.copy_(experts.experts.gate_up[expert, 0])
+        module.up.weight.copy_(experts.experts.gate_up[expert, 1])
+        module.down.weight.copy_(experts.experts.down[expert])
+    return module
 
 
-def make_experts_identical(switch):
+def draw(length: int = LENGTH, batch: int = BATCH) -> Tensor:
+    return torch.randn(length, batch, DIM, generator=torch.Generator().manual_seed(1))
+
+
+def run(module: Switch | MLP, x: Tensor) -> Tensor:
+    return module(x, Context(torch.arange(len(x))))
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> bool:
+    return bool((found - wanted).norm() <= tolerance * wanted.norm())
+
+
+def test_values_and_gradients_are_those_of_a_loop_over_tokens() -> None:
+    module = switch(router={"balance_loss": 0.0, "z_loss": 0.0})
+    x = draw().requires_grad_()
+
+    def naive(x: Tensor) -> Tensor:
+        gates, experts = (x @ module.router.weight.t()).topk(2)
+        outputs = torch.stack([run(dense_view(module, e), x) for e in range(4)], -2)  # [length, batch, expert, dim]
+        chosen = outputs.gather(2, experts[..., None].expand(*experts.shape, DIM))
+        return (gates.softmax(-1)[..., None] * chosen).sum(2)
+
+    assert close(run(module, x), naive(x))
+    parameters = [x, *module.parameters()]
+    for ours, theirs in zip(
+        *(torch.autograd.grad((f(x) ** 2).sum(), parameters) for f in (lambda x: run(module, x), naive)), strict=True
+    ):
+        assert close(ours, theirs, 2e-6)
+
+
+def dense_view(module: Switch, expert: int) -> Any:
+    """One expert as a function of the module's own parameters, so that gradients reach them."""
+    gate, up = module.experts.gate_up[expert].unbind(0)
+    down = module.experts.down[expert]
+    return lambda x, _: (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
+
+
+def test_one_expert_is_the_dense_layer() -> None:
+    module, x = switch(1, {"top_k": 1, "normalize_gates": False}), draw()
+    assert close(run(module, x), run(dense(module), x))
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 4])
+def test_identical_experts_whose_gates_sum_to_one_are_the_dense_layer(top_k: int) -> None:
+    module, x = switch(router={"top_k": top_k}), draw()
     with torch.no_grad():
-        switch.experts.gate_up.copy_(switch.experts.gate_up[:1].expand_as(switch.experts.gate_up))
-        switch.experts.down.copy_(switch.experts.down[:1].expand_as(switch.experts.down))
+        for weight in module.experts.parameters():
+            weight.copy_(weight[:1].expand_as(weight))
+    assert close(run(module, x), run(dense(module), x))
 
 
-def test_one_expert_is_a_dense_layer():
-    switch = build(num_experts=1, router={"top_k": 1, "normalize_gates": False})
-    x = inputs()
-    torch.testing.assert_close(switch(x, context()), dense_like(switch)(x, context()))
+def test_one_token() -> None:
+    module, x = switch(), draw(1, 1)
+    assert run(module, x).shape == (1, 1, DIM)
+    assert close(run(module, draw(1, 3))[:, :1], run(module, draw(1, 3)[:, :1]))
 
 
-def test_identical_experts_with_normalised_gates_are_a_dense_layer():
-    switch = build(router={"top_k": 3})
-    make_experts_identical(switch)
-    x = inputs()
-    torch.testing.assert_close(switch(x, context()), dense_like(switch)(x, context()))
+def test_a_large_capacity_drops_nothing() -> None:
+    dropless, roomy, x = switch(), switch(capacity_factor=4.0), draw()
+    assert torch.equal(run(roomy, x), run(dropless, x))
 
 
-def test_every_token_gets_its_experts_weighted_by_its_gates():
-    switch, x = build(router={"normalize_gates": False}), inputs()
-    tokens = x.reshape(-1, DIM)
-    gates, experts = (tokens @ switch.router.weight.t()).softmax(-1).topk(2)
-    denses = [dense_like(switch, expert) for expert in range(4)]
-    expected = torch.stack(
-        [sum(gates[t, k] * denses[experts[t, k]](tokens[t], context()) for k in range(2)) for t in range(len(tokens))]
-    )
-    torch.testing.assert_close(switch(x, context()).reshape(-1, DIM), expected)
-
-
-def test_gradients_match_a_loop_over_tokens():
-    switch, x = build(router={"balance_loss": 0, "z_loss": 0}), inputs().requires_grad_()
-    probe = torch.randn(LENGTH, BATCH, DIM, dtype=torch.float64)
-    (switch(x, context()) * probe).sum().backward()
-    found = {name: p.grad.clone() for name, p in switch.named_parameters()} | {"x": x.grad.clone()}
-    switch.zero_grad()
-    x.grad = None
-    tokens = x.reshape(-1, DIM)
-    scores, experts = (tokens @ switch.router.weight.t()).topk(2)
-    gates = scores.softmax(-1)
-    total = 0.0
-    for t in range(len(tokens)):
-        for k in range(2):
-            gate, up = switch.experts.gate_up[experts[t, k]]
-            hidden = torch.nn.functional.silu(gate @ tokens[t]) * (up @ tokens[t])
-            result = switch.experts.down[experts[t, k]] @ hidden
-            total = total + gates[t, k] * (result * probe.reshape(-1, DIM)[t]).sum()
-    total.backward()
-    for name, p in [*switch.named_parameters(), ("x", x)]:
-        torch.testing.assert_close(found[name], p.grad, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_ample_capacity_drops_nothing():
-    free, bounded = build(), build(capacity_factor=4.0)
-    torch.testing.assert_close(free(inputs(), context()), bounded(inputs(), context()))
-
-
-def test_capacity_drops_later_tokens_first_and_gives_them_nothing():
-    switch = build(num_experts=2, capacity_factor=0.5, router={"top_k": 1, "normalize_gates": False})
-    x = inputs()
+def one_expert_for_all(**changes: Any) -> Switch:
+    """Every token with a positive first feature prefers expert 0, then 1."""
+    module = switch(**changes)
     with torch.no_grad():
-        switch.router.weight.zero_()  # a tie: every token goes to the same expert
-    y = switch(x, context()).reshape(-1, DIM)
-    accepted = -(-len(y) // 4)
-    assert (y[:accepted].abs().sum(-1) > 0).all()
-    assert (y[accepted:] == 0).all()
+        module.router.weight.zero_()
+        module.router.weight[:, 0] = torch.tensor([3.0, 2.0, 1.0, 0.0])
+    return module
 
 
-@pytest.mark.parametrize("factor", [None, 0.5])
-def test_the_past_does_not_depend_on_the_future(factor):
-    switch, x = build(capacity_factor=factor), inputs()
-    changed = x.clone()
-    changed[4:] += 1.0
-    torch.testing.assert_close(switch(x, context())[:4], switch(changed, context())[:4], rtol=0, atol=0)
+def test_a_small_capacity_drops_later_tokens_first() -> None:
+    x = draw().abs()
+    module = one_expert_for_all(capacity_factor=1.0)  # 14 tokens, two choices, four experts: 7 rows each
+    flat = run(module, x).flatten(0, 1)
+    whole = run(one_expert_for_all(), x).flatten(0, 1)
+    assert close(flat[:7], whole[:7])
+    assert not flat[7:].any()
 
 
-def test_permuting_the_experts_changes_nothing_but_their_names():
-    switch, x = build(), inputs()
-    y = switch(x, context())
+def test_capacity_does_not_let_the_future_in() -> None:
+    module, x = switch(capacity_factor=0.5), draw(12)
+    before = run(module, x)
+    for changed_from in range(1, 12):
+        changed = x.clone()
+        changed[changed_from:] = -changed[changed_from:]
+        assert torch.equal(run(module, changed)[:changed_from], before[:changed_from])
+
+
+def test_capacity_is_for_training_only() -> None:
+    module, x = one_expert_for_all(capacity_factor=0.5), draw().abs()
+    whole = run(one_expert_for_all(), x)
+    assert not torch.equal(run(module, x), whole)
+    with torch.no_grad():
+        assert torch.equal(run(module, x), whole)
+    assert torch.equal(run(module.eval(), x), whole)
+
+
+def test_names_of_experts_do_not_matter() -> None:
+    module, renamed, x = switch(), switch(), draw()
     order = torch.tensor([2, 0, 3, 1])
     with torch.no_grad():
-        for parameter in (switch.router.weight, switch.experts.gate_up, switch.experts.down):
+        for parameter in (renamed.router.weight, *renamed.experts.parameters()):
             parameter.copy_(parameter[order])
-    torch.testing.assert_close(switch(x, context()), y)
+    assert close(run(renamed, x), run(module, x))
 
 
-def test_balance_and_z_loss_gradients_are_those_of_their_formulas():
-    switch, x = build(router={"balance_loss": 0.3, "z_loss": 0.2}), inputs()
+def auxiliary(module: Switch, x: Tensor) -> Tensor:
+    """What routing/balance.py states, from the module's parameters."""
+    config, experts = module.router.config, module.config.num_experts
+    logits = x.flatten(0, 1) @ module.router.weight.t()
+    balance = config.balance_loss * experts * (logits.softmax(-1) * module.router.load).sum()
+    return balance + config.z_loss * logits.logsumexp(-1).square().sum()
+
+
+@pytest.mark.parametrize("normalize_gates", [False, True])
+def test_the_balance_and_z_losses_have_the_stated_gradient(normalize_gates: bool) -> None:
+    module, x = switch(router={"normalize_gates": normalize_gates, "balance_loss": 0.3, "z_loss": 0.2}), draw()
+    x.requires_grad_()
+    module.router.set_load(torch.tensor([5.0, 1.0, 1.0, 3.0]))
+    found = torch.autograd.grad((run(module, x) * 0.0).sum(), (x, module.router.weight))
+    wanted = torch.autograd.grad(auxiliary(module, x), (x, module.router.weight))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert theirs.any() and close(ours, theirs, 2e-6)
+
+
+def test_an_even_load_has_no_balance_gradient() -> None:
+    module, x = switch(router={"z_loss": 0.0}), draw()
+    (grad,) = torch.autograd.grad((run(module, x) * 0.0).sum(), module.router.weight)
+    assert grad.abs().max() < 1e-8
+
+
+def test_evaluation_has_no_auxiliary_losses_and_counts_nothing() -> None:
+    module, x = switch().eval(), draw()
+    (grad,) = torch.autograd.grad((run(module, x) * 0.0).sum(), module.router.weight)
+    assert not grad.any()
+    assert module.router.statistics.sums is None
+
+
+@pytest.mark.parametrize("router", [{"top_k": 2}, {"top_k": 1, "normalize_gates": False}], ids=str)
+def test_the_router_learns_from_the_output(router: dict[str, Any]) -> None:
+    module = switch(router=router | {"balance_loss": 0.0, "z_loss": 0.0})
+    (run(module, draw()) ** 2).sum().backward()
+    assert module.router.weight.grad is not None and module.router.weight.grad.norm() > 1e-3
+
+
+def test_an_expert_nobody_chose_has_a_zero_gradient() -> None:
+    module = one_expert_for_all()
+    run(module, draw().abs()).sum().backward()
+    for parameter in module.experts.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad[:2].any() and not parameter.grad[2:].any()
+
+
+def test_bfloat16_is_close_to_float32_when_both_route_alike() -> None:
+    half, x = switch(), draw(40).bfloat16()
+    for parameter in half.experts.parameters():
+        parameter.data = parameter.data.bfloat16()
+    single = switch()
     with torch.no_grad():
-        switch.router.load.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
-        switch.experts.down.zero_()  # leaves nothing but the auxiliary losses
-    switch(x, context()).sum().backward()
-    found = switch.router.weight.grad.clone()
-    switch.router.weight.grad = None
-    logits = x.reshape(-1, DIM) @ switch.router.weight.t()
-    balance = 4 * (logits.softmax(-1) * switch.router.load).sum()
-    (0.3 * balance + 0.2 * logits.logsumexp(-1).square().sum()).backward()
-    torch.testing.assert_close(found, switch.router.weight.grad)
+        for ours, theirs in zip(single.parameters(), half.parameters(), strict=True):
+            ours.copy_(theirs)
+    found, wanted = run(half, x), run(single, x.float())
+    assert found.dtype == torch.bfloat16 and half.router.weight.dtype == torch.float32
+    assert close(found, wanted, 0.01)
+    (found.float() ** 2).sum().backward()
+    (wanted**2).sum().backward()
+    for ours, theirs in zip(half.parameters(), single.parameters(), strict=True):
+        assert close(ours.grad.float(), theirs.grad, 0.02)
 
 
-def test_router_and_every_expert_receive_gradient_and_statistics_count_every_choice():
-    switch, x = build(), inputs()
-    switch(x, context()).square().sum().backward()
-    sums = switch.router.statistics.take(torch.device("cpu"))
-    assert sums[:4].sum() == 2 * LENGTH * BATCH
-    assert sums[-1] == LENGTH * BATCH
-    assert switch.router.weight.grad.abs().sum() > 0
-    used = sums[:4] > 0
-    assert (switch.experts.down.grad.abs().sum((1, 2)) > 0).equal(used)
-
-
-def test_statistics_are_left_alone_in_evaluation():
-    switch = build().eval()
-    switch(inputs(), context())
-    assert switch.router.statistics.sums is None
-
-
-def test_bfloat16_is_close_to_float32():
-    switch, x = build().float(), inputs().float()
-    low = build().to(torch.bfloat16)
-    low.router.weight.data = low.router.weight.data.float()
-    with torch.no_grad():
-        for a, b in zip(low.parameters(), switch.parameters(), strict=True):
-            b.copy_(a.float())
-        exact, rounded = switch(x.bfloat16().float(), context()), low(x.bfloat16(), context()).float()
-    assert (exact - rounded).norm() / exact.norm() < 0.02  # bfloat16 keeps 8 bits: 0.4 % per rounding, a few in a row
-
-
-def test_a_router_without_gradient_is_refused():
-    with pytest.raises(ConfigError, match="normalize_gates: false"):
-        build_config(SwitchConfig, {"num_experts": 4, "hidden_dim": 8, "router": {"top_k": 1}})
-    with pytest.raises(ConfigError, match="top_k 5 exceeds num_experts 4"):
-        build_config(SwitchConfig, {"num_experts": 4, "hidden_dim": 8, "router": {"top_k": 5}})
+def test_what_is_not_finite_does_not_hang_and_stays_in_its_token() -> None:
+    module, x = switch().eval(), draw()
+    broken = x.clone()
+    broken[3, 0] = float("nan")
+    clean, found = run(module, x).flatten(0, 1), run(module, broken).flatten(0, 1)
+    others = torch.arange(LENGTH * BATCH) != 3 * BATCH
+    assert close(found[others], clean[others]) and found[~others].isnan().all()

@@ -1,52 +1,90 @@
-"""Dispatch and combine on one rank: every row reaches its expert and comes back. (All-to-all: tests/distributed.)"""
+"""Dispatch and combine against a sum over choices, token by token."""
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightbulb.nn.groups import SINGLE
 from lightbulb.routing.dispatch import capacity, combine, dispatch
 from lightbulb.routing.router import Routing
 
-
-def routing(tokens, top_k, num_experts, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    experts = torch.stack([torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(tokens)])
-    return Routing(torch.rand(tokens, top_k, generator=generator, dtype=torch.float64), experts.view(tokens, top_k))
+DIM = 3
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "num_experts"), [(1, 1, 1), (1, 2, 8), (13, 2, 5), (40, 3, 4)])
-def test_rows_are_sorted_by_expert_and_counted(tokens, top_k, num_experts):
-    x, choice = torch.arange(tokens, dtype=torch.float64)[:, None].expand(-1, 3), routing(tokens, top_k, num_experts)
-    rows, plan = dispatch(x, choice, num_experts, SINGLE, None)
-    assert plan.counts == [int((choice.experts == e).sum()) for e in range(num_experts)]
-    start = 0
-    for expert, count in enumerate(plan.counts):
-        chosen = [t for t in range(tokens) if expert in choice.experts[t]]
-        assert sorted(rows[start : start + count, 0].tolist()) == chosen
-        start += count
+def routing(tokens: int, num_experts: int, top_k: int) -> Routing:
+    torch.manual_seed(0)
+    gates, experts = torch.randn(tokens, num_experts, dtype=torch.float64).softmax(-1).topk(top_k)
+    return Routing(gates.requires_grad_(), experts)
 
 
-@pytest.mark.parametrize("limit", [None, 3, 0])
-def test_there_and_back_weighs_each_kept_choice_and_its_gradients_are_exact(limit):
-    x = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
-    choice = routing(11, 2, 3)
-    gates = choice.gates.clone().requires_grad_()
-
-    def through(x, gates):
-        rows, plan = dispatch(x, choice, 3, SINGLE, limit)
-        return combine(rows * rows, gates, plan)
-
-    kept, taken = torch.ones(11, 2, dtype=torch.float64), [0, 0, 0]
-    for t in range(11):
-        for k in range(2):
-            expert = int(choice.experts[t, k])
-            kept[t, k] = limit is None or taken[expert] < limit
-            taken[expert] += 1
-    expected = (gates * kept).sum(1, keepdim=True) * x * x
-    torch.testing.assert_close(through(x, gates), expected)
-    assert torch.autograd.gradcheck(through, (x, gates))
+def mixed(x: Tensor, gates: Tensor, experts: Tensor, scales: Tensor, limit: int | None = None) -> Tensor:
+    """Experts that multiply their rows, feature by feature, by ``scales[expert]``."""
+    rows, plan = dispatch(x, Routing(gates, experts), len(scales), SINGLE, limit)
+    expert_of_row = torch.arange(len(scales)).repeat_interleave(torch.tensor(plan.counts))
+    return combine(rows * scales[expert_of_row], gates, plan)
 
 
-def test_capacity_is_rounded_up():
-    assert capacity(10, 2, 8, 1.0) == 3
-    assert capacity(8, 2, 8, 1.25) == 3
+def naive(x: Tensor, gates: Tensor, experts: Tensor, scales: Tensor, limit: int | None = None) -> Tensor:
+    accepted, results = [0] * len(scales), []
+    for token in range(len(x)):
+        total = torch.zeros_like(x[token])
+        for gate, expert in zip(gates[token], experts[token].tolist(), strict=True):
+            accepted[expert] += 1
+            if limit is None or accepted[expert] <= limit:
+                total = total + gate * scales[expert] * x[token]
+        results.append(total)
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2, 100])
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(1, 1, 1), (1, 5, 2), (7, 3, 1), (9, 4, 2), (6, 7, 3)])
+def test_values_and_gradients(tokens: int, num_experts: int, top_k: int, limit: int | None) -> None:
+    gates, experts = routing(tokens, num_experts, top_k)
+    x, scales = (torch.randn(n, DIM, dtype=torch.float64, requires_grad=True) for n in (tokens, num_experts))
+    assert torch.allclose(mixed(x, gates, experts, scales, limit), naive(x, gates, experts, scales, limit), atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x, g, s: mixed(x, g, experts, s, limit), (x, gates, scales))
+
+
+def test_rows_are_sorted_by_expert_and_in_time_order_within_one() -> None:
+    experts = torch.tensor([[2, 0], [0, 3], [2, 3], [0, 2]])
+    x = torch.arange(4.0)[:, None]
+    rows, plan = dispatch(x, Routing(torch.ones(4, 2), experts), 5, SINGLE, None)
+    assert plan.counts == [3, 0, 3, 2, 0]
+    assert rows[:, 0].tolist() == [0, 1, 3, 0, 2, 3, 1, 2]
+    assert plan.kept is None
+
+
+def test_a_full_expert_drops_later_tokens_first() -> None:
+    experts = torch.tensor([[0], [1], [0], [0], [1]])
+    x = torch.arange(1.0, 6.0)[:, None]
+    rows, plan = dispatch(x, Routing(torch.ones(5, 1), experts), 2, SINGLE, 2)
+    assert plan.counts == [2, 2]
+    assert combine(rows, torch.ones(5, 1), plan)[:, 0].tolist() == [1, 2, 3, 0, 5]
+
+
+def test_dropping_does_not_depend_on_the_future() -> None:
+    gates, experts = routing(12, 3, 2)
+    x, scales = torch.randn(12, DIM).double(), torch.randn(3, DIM).double()
+    whole = mixed(x, gates, experts, scales, limit=4)
+    for known in range(1, 12):
+        assert torch.equal(mixed(x[:known], gates[:known], experts[:known], scales, limit=4), whole[:known])
+
+
+def test_capacity_is_an_even_share_rounded_up() -> None:
+    assert capacity(tokens=10, top_k=2, num_experts=8, factor=1.0) == 3
+    assert capacity(tokens=8, top_k=2, num_experts=8, factor=1.25) == 3
+    assert capacity(tokens=1, top_k=1, num_experts=64, factor=1.0) == 1
+
+
+def test_gates_stay_float32_and_get_float32_gradients_in_bfloat16() -> None:
+    gates, experts = routing(20, 4, 2)
+    gates = gates.detach().float().requires_grad_()
+    x, scales = torch.randn(20, 16).bfloat16(), torch.randn(4, 16).bfloat16()
+    result = mixed(x, gates, experts, scales)
+    (grad,) = torch.autograd.grad(result.float().sum(), gates)
+    exact_gates = gates.detach().double().requires_grad_()
+    exact = naive(x.double(), exact_gates, experts, scales.double())
+    (exact_grad,) = torch.autograd.grad(exact.sum(), exact_gates)
+    assert result.dtype == torch.bfloat16 and grad.dtype == torch.float32
+    assert (result - exact).norm() < 0.01 * exact.norm()
+    assert (grad - exact_grad).norm() < 0.01 * exact_grad.norm()
