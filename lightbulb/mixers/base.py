@@ -32,18 +32,18 @@ class Context:
     document_ids: Tensor | None = None
 
 
-class TokenMixerConfig(Config):
+class TokenMixerConfig(Config, ABC):
     """Config of a part that mixes along the sequence."""
 
     type: str
 
+    @abstractmethod
     def build(self, dim: int, context_length: int, init: Init) -> "TokenMixer":
         """The module, uninitialised; the model fills its parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cost(self, dim: int, context_length: int) -> Cost:
         """Parameters and FLOPs per token, averaged over a full context."""
-        raise NotImplementedError
 
     def check_tensor_parallel(self, degree: int) -> None:
         """Raise ValueError, naming field, value and fix, when the part cannot be split over ``degree`` ranks."""
@@ -64,18 +64,18 @@ class TokenMixer(nn.Module, ABC):
         """An empty decode state for sequences up to ``max_length``."""
 
 
-class ChannelMixerConfig(Config):
+class ChannelMixerConfig(Config, ABC):
     """Config of a part that mixes along the features of each token."""
 
     type: str
 
+    @abstractmethod
     def build(self, dim: int, init: Init) -> "ChannelMixer":
         """The module, uninitialised; the model fills its parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cost(self, dim: int) -> Cost:
         """Parameters and FLOPs per token."""
-        raise NotImplementedError
 
     def check_tensor_parallel(self, degree: int) -> None:
         """Raise ValueError, naming field, value and fix, when the part cannot be split over ``degree`` ranks."""
