@@ -142,6 +142,6 @@ def write_state(part: Part | None, parameter: nn.Parameter, state: dict[str, Ten
     part.master.copy_(state["master"].flatten()[span].view_as(part.master))
     if step:
         part.optimizer.state[part.master] = {
-            "step": torch.tensor(float(step), device=parameter.device if parameter.is_cuda else "cpu"),
+            "step": torch.tensor(float(step)),  # AdamW keeps it on the CPU, wherever the moments are
             **{name: state[name].flatten()[span].view_as(part.master).clone() for name in MOMENTS},
         }
