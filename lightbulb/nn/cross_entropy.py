@@ -75,7 +75,7 @@ def _softmax_(logits: Tensor, column: Tensor) -> Tensor:
         wide = part.to(_wide(part))
         log_probabilities = wide.log_softmax(-1)
         lse.append(wide.gather(1, index) - log_probabilities.gather(1, index))
-        part.copy_(log_probabilities.exp_())
+        torch.exp(log_probabilities, out=part)
     return torch.cat(lse)[:, 0]
 
 

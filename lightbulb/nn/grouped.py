@@ -1,5 +1,6 @@
 """Products with one matrix per expert, over rows sorted by expert."""
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from lightbulb.nn.activation import swiglu_grad_
+from lightbulb.nn.activation import swiglu, swiglu_grad_
 from lightbulb.nn.precision import product_dtype
 
 
@@ -37,16 +38,22 @@ def grouped_swiglu(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int
     Returns:
         ``[R, dim]``. The gradient of an expert without rows is zero, not missing.
     """
-    return _GroupedSwiGLU.apply(rows, gate_up.flatten(1, 2), down, counts)
+    gate_up = gate_up.flatten(1, 2)
+    if rows.device.type == "cpu":
+        return _GroupedSwiGLU.apply(rows, gate_up, down, counts)
+    gate, up = grouped_linear(rows, gate_up, counts).chunk(2, dim=-1)
+    return grouped_linear(swiglu(gate, up), down, counts)
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """A loop of matrix products written straight into preallocated results: no concatenation, no copies."""
+    """One kernel for all experts where CUDA has it, else a loop of products written straight into the result."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.counts = counts
+        if _has_grouped_kernel(rows, weight):
+            return torch._grouped_mm(rows, weight.transpose(1, 2), offs=_ends(counts, rows.device))
         result = rows.new_empty(len(rows), weight.shape[1])
         for expert, part in _parts(counts):
             torch.mm(rows[part], weight[expert].t(), out=result[part])
@@ -57,8 +64,12 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         grad = grad.contiguous()
+        if _has_grouped_kernel(rows, weight):
+            ends = _ends(ctx.counts, rows.device)
+            grad_weight = torch._grouped_mm(grad.t(), rows, offs=ends)
+            return torch._grouped_mm(grad, weight, offs=ends), _zero_unused(grad_weight, ctx.counts), None
         grad_rows = torch.empty_like(rows)
-        grad_weight = _empty_gradient(weight, ctx.counts)
+        grad_weight = _zero_unused(torch.empty_like(weight), ctx.counts)
         for expert, part in _parts(ctx.counts):
             torch.mm(grad[part], weight[expert], out=grad_rows[part])
             torch.mm(grad[part].t(), rows[part], out=grad_weight[expert])
@@ -90,7 +101,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         rows, gate_up, down, inner = ctx.saved_tensors
         dtype = inner.dtype
         grad_rows = torch.empty_like(rows)
-        grad_gate_up, grad_down = _empty_gradient(gate_up, ctx.counts), _empty_gradient(down, ctx.counts)
+        grad_gate_up, grad_down = (_zero_unused(torch.empty_like(weight), ctx.counts) for weight in (gate_up, down))
         for expert, part in _parts(ctx.counts):
             incoming = grad[part].to(dtype)
             gate, up = inner[part].chunk(2, dim=-1)
@@ -113,9 +124,19 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def _empty_gradient(weight: Tensor, counts: list[int]) -> Tensor:
-    """Room for a gradient, zero for experts without rows."""
-    gradient = torch.empty_like(weight)
+def _has_grouped_kernel(rows: Tensor, weight: Tensor) -> bool:
+    """Whether ``torch._grouped_mm`` takes these: bfloat16 on CUDA, rows of a multiple of 16 bytes."""
+    aligned = all(size % 8 == 0 for size in weight.shape[1:])
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows) > 0
+
+
+def _ends(counts: list[int], device: torch.device) -> Tensor:
+    """Where each expert's rows end."""
+    return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
+
+
+def _zero_unused(gradient: Tensor, counts: list[int]) -> Tensor:
+    """Zero for the experts without rows, which no product writes."""
     for expert, count in enumerate(counts):
         if count == 0:
             gradient[expert].zero_()
