@@ -8,12 +8,14 @@ import os
 import signal
 import time
 from types import FrameType, TracebackType
+from typing import NamedTuple
 
 import torch
 
 from lightbulb.parallel.collective import any_rank
 
 IMPATIENCE_SECONDS = 1.0
+ACTIONS = ("kill", "stop", "hang", "raise", "sleep", "exit", "nan")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -45,9 +47,65 @@ class StopSignal:
             os._exit(128 + number)
 
 
-def fault_point(name: str) -> None:
-    """A place where tests can hold a run: ``LIGHTBULB_FAULT=sleep:save:5`` sleeps 5 s at the point ``save``."""
-    kind, _, rest = os.environ.get("LIGHTBULB_FAULT", "").partition(":")
-    point, _, seconds = rest.partition(":")
-    if kind == "sleep" and point == name:
-        time.sleep(float(seconds))
+class PlantedFault(RuntimeError):
+    """Raised where LIGHTBULB_FAULT asks for it."""
+
+
+class Fault(NamedTuple):
+    """One entry of LIGHTBULB_FAULT; a key that is not given matches every rank or step."""
+
+    action: str
+    point: str
+    rank: int | None = None
+    step: int | None = None
+    seconds: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Fault":
+        """``"kill:point=step:rank=1:step=5"``.
+
+        Raises:
+            ValueError: naming the entry and what is allowed.
+        """
+        action, *pairs = text.split(":")
+        values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        known = {"point": str, "rank": int, "step": int, "seconds": float}
+        if action not in ACTIONS or len(values) != len(pairs) or not values.keys() <= known.keys():
+            raise ValueError(
+                f"LIGHTBULB_FAULT: {text!r} is not ACTION[:key=value ...] with an action of {', '.join(ACTIONS)} "
+                f"and keys of {', '.join(known)}"
+            )
+        return cls(action, **{"point": "step"} | {key: known[key](value) for key, value in values.items()})
+
+
+def is_planted(action: str, point: str, step: int | None = None) -> Fault | None:
+    """The planted fault of this action for this place, rank and step."""
+    rank = int(os.environ.get("RANK", "0"))
+    for text in filter(None, os.environ.get("LIGHTBULB_FAULT", "").split(";")):
+        fault = Fault.parse(text)
+        if (fault.action, fault.point) == (action, point) and fault.rank in (None, rank) and fault.step in (None, step):
+            return fault
+    return None
+
+
+def fault_point(point: str, step: int | None = None) -> None:
+    """A place where tests can break a run by the environment variable LIGHTBULB_FAULT.
+
+    Entries are separated by ``;``: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``hang`` (an endless loop in Python),
+    ``raise`` (:class:`PlantedFault`), ``sleep`` (``seconds``), ``exit`` (with code 0); ``nan`` is asked for by
+    :func:`is_planted`. Example: ``kill:point=save.rename:rank=0;sleep:point=step:step=3:seconds=2``.
+    """
+    if "LIGHTBULB_FAULT" not in os.environ:
+        return
+    if fault := is_planted("sleep", point, step):
+        time.sleep(fault.seconds)
+    if is_planted("raise", point, step):
+        raise PlantedFault(f"planted at {point}, step {step}")
+    if is_planted("kill", point, step):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if is_planted("stop", point, step):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if is_planted("exit", point, step):
+        os._exit(0)
+    while is_planted("hang", point, step):
+        pass

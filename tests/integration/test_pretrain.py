@@ -76,7 +76,7 @@ def test_killed_runs_resume_bit_for_bit(start, run_file, tmp_path):
         run, during_save = tmp_path / f"killed-{seed}", seed == 0
         path = run_file(run.name)
         step = random.Random(seed).randint(4, STEPS - 2)
-        environment = {"LIGHTBULB_FAULT": "sleep:save:1"} if during_save else {}
+        environment = {"LIGHTBULB_FAULT": "sleep:point=save:seconds=1"} if during_save else {}
         command = start("pretrain", [str(path)], world_size=2, **environment)
         if during_save:
             wait_for(lambda run=run: (run / "checkpoints" / ".step-00000006.partial").exists())
