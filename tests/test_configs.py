@@ -7,6 +7,7 @@ import torch
 
 from lightbulb.config import load_config, read_yaml
 from lightbulb.data_prep.config import CorpusConfig
+from lightbulb.evaluation.proof import ProofConfig
 from lightbulb.train.config import RunConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -17,7 +18,7 @@ def test_config_loads_and_costs_what_it_builds(path):
     if "model" not in read_yaml(path):
         load_config(CorpusConfig, path)
         return
-    config = load_config(RunConfig, path)
+    config = load_config(ProofConfig if "variants" in read_yaml(path) else RunConfig, path)
     with torch.device("meta"):
         model = config.model.build()
     assert config.model.cost().params == sum(p.numel() for p in model.parameters())

@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from lightbulb.config import Config
 from lightbulb.evaluation.proof import BOUNDS, LayoutResult, Proof
 from lightbulb.folder import write_atomically
+from lightbulb.parallel.engine import StepResult
 
 COLUMNS = {
     "loss": "loss",
@@ -33,13 +35,13 @@ _SUMMARY = {
 }
 
 
-def write_certificate(proof: Proof, config: Config, folder: Path) -> None:
+def write_certificate(proof: Proof, configs: Mapping[str, Config], folder: Path) -> None:
     """Write both files.
 
     Raises:
         FolderError: the folder cannot be written.
     """
-    write_atomically(folder / "certificate.json", json.dumps(as_json(proof, config), indent=1))
+    write_atomically(folder / "certificate.json", json.dumps(as_json(proof, configs), indent=1))
     write_atomically(folder / "certificate.md", as_markdown(proof))
 
 
@@ -56,28 +58,29 @@ def summary(proof: Proof) -> dict[str, Any]:
     }
 
 
-def as_json(proof: Proof, config: Config) -> dict[str, Any]:
-    """Everything, config and versions included."""
+def as_json(proof: Proof, configs: Mapping[str, Config]) -> dict[str, Any]:
+    """Everything, versions and the config of each variant included."""
     return {
         **summary(proof),
         "versions": versions(),
-        "steps": proof.trial.steps,
         "bounds": BOUNDS,
-        "optimizer": proof.trial.optimizer.model_dump() | {"clip_grad": proof.reference.clip_grad},
-        "reference": [
-            {"loss": r.loss, "grad_norm": r.grad_norm, "clip_coefficient": r.clip_coefficient, "routers": r.routers}
-            for r in proof.reference.results
-        ],
+        "variants": {
+            name: {
+                "steps": trial.steps,
+                "optimizer": trial.optimizer.model_dump() | {"clip_grad": proof.references[name].clip_grad},
+                "reference": [_step(result) for result in proof.references[name].results],
+                "config": configs[name].model_dump(mode="json"),
+            }
+            for name, trial in proof.variants.items()
+        },
         "compared": [_layout(result) for result in proof.results],
         "not_compared": [{"layout": skipped.label, "reason": skipped.reason} for skipped in proof.skipped],
-        "config": config.model_dump(mode="json"),
     }
 
 
 def as_markdown(proof: Proof) -> str:
     """The certificate as a page."""
-    trial, first = proof.trial, proof.reference.results[0]
-    coefficients = ", ".join(f"{result.clip_coefficient:.4f}" for result in proof.reference.results)
+    trial = next(iter(proof.variants.values()))
     lines = [
         "# Certificate of equal layouts",
         "",
@@ -90,15 +93,18 @@ def as_markdown(proof: Proof) -> str:
         "gradients and moments relative to the parameter's largest element, gradient norm and clip coefficient "
         "relative, the rest absolute.",
         "",
-        f"First loss {first.loss:.6f}, first gradient norm {first.grad_norm:.6f}, clip coefficients {coefficients}, "
-        f"learning rate {trial.optimizer.lr:g}, epsilon {trial.optimizer.eps:g}. "
+        f"Learning rate {trial.optimizer.lr:g}, epsilon {trial.optimizer.eps:g}. "
         + ", ".join(f"{name} {number}" for name, number in versions().items())
         + ".",
         "",
-        f"| layout | micro-batch | {' | '.join(COLUMNS.values())} | worst gradient |",
-        f"|---|---:|{'---:|' * len(COLUMNS)}---|",
+        "| model | parameters | first loss | first gradient norm | clip coefficients |",
+        "|---|---:|---:|---:|---|",
+        *(_variant_row(name, proof) for name in proof.variants),
+        "",
+        f"| layout | model | micro-batch | {' | '.join(COLUMNS.values())} | worst gradient |",
+        f"|---|---|---:|{'---:|' * len(COLUMNS)}---|",
         *(_row(result) for result in proof.results),
-        f"| *allowed* | | {' | '.join(f'{BOUNDS[quantity]:.0e}' for quantity in COLUMNS)} | |",
+        f"| *allowed* | | | {' | '.join(f'{BOUNDS[quantity]:.0e}' for quantity in COLUMNS)} | |",
     ]
     failures = [line for result in proof.results for line in result.failures]
     if failures:
@@ -123,7 +129,20 @@ def cell(result: LayoutResult, quantity: str) -> str:
 def _row(result: LayoutResult) -> str:
     cells = " | ".join(cell(result, quantity) for quantity in COLUMNS)
     worst = result.worst["gradient"].where if "gradient" in result.worst else "did not finish"
-    return f"| {result.trial.parallel.label()} | {result.trial.micro_batch_size} | {cells} | {worst} |"
+    trial = result.trial
+    return f"| {trial.parallel.label()} | {trial.variant} | {trial.micro_batch_size} | {cells} | {worst} |"
+
+
+def _variant_row(name: str, proof: Proof) -> str:
+    reference = proof.references[name]
+    first = reference.results[0]
+    parameters = sum(math.prod(shape) for shape in reference.shapes.values())
+    coefficients = ", ".join(f"{result.clip_coefficient:.4f}" for result in reference.results)
+    return f"| {name} | {parameters:,} | {first.loss:.6f} | {first.grad_norm:.6f} | {coefficients} |"
+
+
+def _step(result: StepResult) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in ("loss", "grad_norm", "clip_coefficient", "routers")}
 
 
 def _layout(result: LayoutResult) -> dict[str, Any]:
@@ -133,6 +152,7 @@ def _layout(result: LayoutResult) -> dict[str, Any]:
     }
     return {
         "layout": result.trial.parallel.label(),
+        "variant": result.trial.variant,
         "micro_batch_size": result.trial.micro_batch_size,
         "ok": result.ok,
         "seconds": round(result.seconds, 2),

@@ -6,14 +6,17 @@ statistics and the updated weights and moments agree with a plain PyTorch traini
 ranks together hold every element of every parameter.
 """
 
+import itertools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from lightbulb.config import ConfigError
+from lightbulb.config import ConfigError, load_config
 from lightbulb.evaluation.trial import Difference, RankReport, Reference, Trial, train_layout, train_reference
 from lightbulb.parallel.topology import ParallelConfig, layouts
 from lightbulb.parallel.workers import JobError, RankPool
@@ -26,9 +29,20 @@ BOUNDS = {
     "clip": 1e-4,  # relative
     "router": 1e-5,  # absolute: loads, balance loss, z-loss, entropy
     "weight": 1e-5,  # absolute
-    "moment": 1e-3,  # of the parameter's largest moment
+    "moment": 1e-4,  # of the parameter's largest moment
 }
 """Largest differences that float32 rounding may cause; a wrong group, scale or sum is orders of magnitude above."""
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"sequence": True},
+    {"interleave": 2},
+    {"recompute": "full"},
+    {"sequence": True, "expert_tensor": 1, "expert_factor": "tensor"},  # more experts: tensor ranks' tokens differ
+    {"distributed_optimizer": False},
+    {"recompute": "selective"},
+]
+"""Settings that layouts take turns with; one that a layout or model cannot have passes the turn on."""
 
 MIN_EPS, MAX_LR = 1e-6, 1e-3
 """Adam divides each element's moment by its own size plus epsilon. Where that is only rounding noise, a tiny epsilon
@@ -70,15 +84,15 @@ class Proof:
     """Everything a certificate says.
 
     Attributes:
-        trial: what every layout trained, without the layout.
-        reference: the plain training.
+        variants: what was trained, by name, without the layout.
+        references: the plain training of each.
         results: one per layout.
         skipped: the layouts that were not tried.
         seconds: wall time.
     """
 
-    trial: Trial
-    reference: Reference
+    variants: dict[str, Trial]
+    references: dict[str, Reference]
     results: list[LayoutResult]
     skipped: list[Skipped]
     seconds: float
@@ -93,7 +107,25 @@ class Proof:
         return max((_value(result, quantity) for result in self.results), default=math.inf)
 
 
-def trial_of(config: RunConfig, steps: int) -> Trial:
+class ProofConfig(RunConfig):
+    """A run file that may name variants of the run, which a proof spreads over its layouts."""
+
+    variants: dict[str, list[str]] = {}
+    """Name to settings such as ``model.tie_embeddings=true``; none for the run as it stands."""
+
+
+def load_variants(path: str, overrides: Sequence[str] = ()) -> dict[str, ProofConfig]:
+    """The run file once for each of its variants.
+
+    Raises:
+        ConfigError: the file, an override or a variant's setting is not valid.
+    """
+    config = load_config(ProofConfig, path, overrides)
+    variants = config.variants or {"": []}
+    return {name: load_config(ProofConfig, path, [*overrides, *settings]) for name, settings in variants.items()}
+
+
+def trial_of(config: RunConfig, steps: int, variant: str = "") -> Trial:
     """What the proof of a run file trains.
 
     Raises:
@@ -114,56 +146,65 @@ def trial_of(config: RunConfig, steps: int) -> Trial:
         steps=steps,
         global_batch_size=config.train.global_batch_size,
         with_documents=config.data.document_mask,
-        parallel=config.parallel.model_copy(update={"data": 1}),
+        variant=variant,
     )
 
 
-def plan(trial: Trial, ranks: int) -> tuple[list[Trial], list[Skipped]]:
-    """A trial for every layout on ``ranks`` processes and on each divisor of them, and the layouts that cannot be.
+def plan(variants: list[Trial], ranks: int) -> tuple[list[Trial], list[Skipped]]:
+    """A trial for every choice of degrees on ``ranks`` processes and on each divisor of them.
 
-    Micro-batch sizes alternate between layouts, so that equal results also prove that they do not matter.
+    The options of a layout (:data:`OPTIONS`), the variants of the model and the micro-batch sizes take turns, those
+    first that were tried least: what few layouts can have is tried on these. Degrees that no variant can be split by
+    are skipped.
     """
     trials: list[Trial] = []
     skipped: list[Skipped] = []
-    for parallel in _all_layouts(ranks):
-        parallel = parallel.model_copy(update={"distributed_optimizer": trial.parallel.distributed_optimizer})
-        data = parallel.data or 1
-        try:
-            trial.model.check_parallel(parallel.tensor, parallel.pipeline, parallel.expert)
-        except ValueError as error:
-            skipped.append(Skipped(parallel.label(), str(error)))
-            continue
-        if trial.global_batch_size % data:
-            reason = f"train.global_batch_size {trial.global_batch_size} is not a multiple of parallel.data {data}"
-            skipped.append(Skipped(parallel.label(), reason))
-            continue
-        rows = trial.global_batch_size // data
-        sizes = [size for size in range(1, rows + 1) if rows % size == 0]
-        trials.append(replace(trial, parallel=parallel, micro_batch_size=sizes[len(trials) % len(sizes)]))
+    used: Counter[int] = Counter()
+    for degrees in _all_layouts(ranks):
+        reason = ""
+        options = sorted(range(len(OPTIONS)), key=lambda index: used[index])
+        names = sorted(variants, key=lambda variant: sum(variant.variant == trial.variant for trial in trials))
+        for index, variant in itertools.product(options, names):
+            found = _fit(variant, degrees, OPTIONS[index], len(trials))
+            if isinstance(found, Trial):
+                trials.append(found)
+                used[index] += 1
+                break
+            reason = reason if OPTIONS[index] else found
+        else:
+            skipped.append(Skipped(degrees.label(), reason))
     return trials, skipped
 
 
 def prove(
-    trial: Trial, trials: list[Trial], skipped: list[Skipped], pool: RankPool, progress: Callable[[LayoutResult], None]
+    variants: list[Trial],
+    trials: list[Trial],
+    skipped: list[Skipped],
+    pool: RankPool,
+    progress: Callable[[LayoutResult], None],
 ) -> Proof:
-    """Train the reference and every trial, and compare.
+    """Train the reference of each variant and every trial, and compare.
 
     Args:
-        trial: what to train.
+        variants: what to train.
         trials: the same on each layout, as :func:`plan` gives them.
         skipped: for the record.
         pool: at least as many ranks as the largest layout.
         progress: called with each layout's result.
     """
     started = time.monotonic()
-    results = []
+    results, references = [], {}
     with tempfile.TemporaryDirectory(prefix="lightbulb-proof-") as name:
-        folder = Path(name)
-        (reference,) = pool.run(1, train_reference, trial, folder)
-        for candidate in trials:
-            results.append(compare_layout(candidate, reference, folder, pool))
+        for index, variant in enumerate(variants):
+            folder = Path(name, str(index))
+            folder.mkdir()
+            (references[variant.variant],) = pool.run(1, train_reference, variant, folder)
+        folders = {variant.variant: Path(name, str(index)) for index, variant in enumerate(variants)}
+        for trial in trials:
+            results.append(compare_layout(trial, references[trial.variant], folders[trial.variant], pool))
             progress(results[-1])
-    return Proof(trial, reference, results, skipped, time.monotonic() - started)
+    by_name = {variant.variant: variant for variant in variants}
+    return Proof(by_name, references, results, skipped, time.monotonic() - started)
 
 
 def compare_layout(
@@ -184,17 +225,40 @@ def compare_layout(
     """
     started = time.monotonic()
     parallel = trial.parallel
-    world_size = parallel.tensor * parallel.pipeline * (parallel.data or 1)
+    world_size = parallel.copies * (parallel.data or 1)
     try:
         reports: list[RankReport] = pool.run(world_size, job, trial, reference, folder)
     except JobError as error:
         return LayoutResult(trial, time.monotonic() - started, {}, [f"{trial.label()}: {error}"])
     total = RankReport()
     for report in reports:
-        for quantity, difference in report.worst.items():
-            total.note(quantity, difference)
+        for (quantity, step), difference in report.found.items():
+            total.note(quantity, step, difference)
     failures = [f"{trial.label()}: {line}" for line in [*_broken_bounds(total), *_missing(reports, reference)]]
-    return LayoutResult(trial, time.monotonic() - started, total.worst, failures)
+    return LayoutResult(trial, time.monotonic() - started, total.worst(), failures)
+
+
+def _fit(variant: Trial, degrees: ParallelConfig, option: dict[str, Any], turn: int) -> Trial | str:
+    """The variant on these degrees with this option, or why it cannot be."""
+    data = degrees.data or 1
+    rows = variant.global_batch_size // data
+    if variant.global_batch_size % data:
+        return f"train.global_batch_size {variant.global_batch_size} is not a multiple of parallel.data {data}"
+    world_size = degrees.copies * data
+    changes = {name: value for name, value in option.items() if name != "expert_factor"}
+    if option.get("expert_factor") == "tensor":
+        changes["expert"] = degrees.expert * degrees.tensor
+    try:
+        parallel = ParallelConfig(**degrees.model_dump() | changes).resolve(world_size)
+        variant.model.check_parallel(parallel.degrees())
+    except ValueError as error:
+        return str(error)
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+    if parallel.interleave > 1:
+        sizes = [size for size in sizes if (rows // size) % parallel.pipeline == 0]
+    if not sizes:
+        return f"train.global_batch_size {variant.global_batch_size} has too few rows for interleaved stages"
+    return replace(variant, parallel=parallel, micro_batch_size=sizes[turn % len(sizes)])
 
 
 def _all_layouts(ranks: int) -> Iterator[ParallelConfig]:
@@ -204,9 +268,11 @@ def _all_layouts(ranks: int) -> Iterator[ParallelConfig]:
 
 
 def _broken_bounds(report: RankReport) -> Iterator[str]:
+    """The first step of each quantity that is outside its bound."""
     for quantity, bound in BOUNDS.items():
-        found = report.worst.get(quantity)
-        if found is not None and not found.value <= bound:
+        broken = [step for (name, step), found in report.found.items() if name == quantity and not found.value <= bound]
+        if broken:
+            found = report.found[quantity, min(broken)]
             yield (
                 f"{quantity}: {found.where} is {found.ours:.8g} instead of {found.expected:.8g}, "
                 f"a difference of {found.value:.3g} where {bound:g} is allowed"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.nn.cross_entropy import IGNORE
+from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import initialise, logical_of
 from lightbulb.parallel.engine import Engine, StepResult
 from lightbulb.parallel.host import Precision
@@ -43,6 +44,7 @@ class Trial:
         parallel: the layout; the reference ignores this and what follows.
         micro_batch_size: contexts per forward pass of one rank.
         precision: of weights and activations.
+        variant: which of a proof's models this is; empty when there is one.
     """
 
     model: LanguageConfig
@@ -54,18 +56,21 @@ class Trial:
     parallel: ParallelConfig = ParallelConfig(data=1)
     micro_batch_size: int = 1
     precision: Precision = "fp32"
+    variant: str = ""
 
     def label(self) -> str:
-        """Layout and micro-batch size."""
-        return f"{self.parallel.label()} micro-batch {self.micro_batch_size}"
+        """Model, layout and micro-batch size."""
+        prefix = f"{self.variant}: " if self.variant else ""
+        return f"{prefix}{self.parallel.label()} micro-batch {self.micro_batch_size}"
 
 
 class SyntheticBatch(NamedTuple):
-    """``[batch, length]`` each, as the engine expects."""
+    """``[batch, length]`` each and ``sample_ids [batch]``, as the engine expects."""
 
     tokens: Tensor
     labels: Tensor
     document_ids: Tensor | None
+    sample_ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -97,28 +102,38 @@ class RankReport:
     """What one rank found.
 
     Attributes:
-        worst: the largest difference of each quantity.
+        found: the largest difference of each quantity in each step (counted from 1). Steps are kept apart because the
+            first one that is wrong names the culprit: after it, everything differs.
         held: for each parameter on this rank, the bounds of its part of the logical tensor.
     """
 
-    worst: dict[str, Difference] = field(default_factory=dict)
+    found: dict[tuple[str, int], Difference] = field(default_factory=dict)
     held: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
-    def note(self, quantity: str, found: Difference) -> None:
+    def note(self, quantity: str, step: int, found: Difference) -> None:
         """Keep the larger difference; one that is not a number is the largest."""
         if math.isnan(found.value):
             found = found._replace(value=math.inf)
-        if quantity not in self.worst or found.value > self.worst[quantity].value:
-            self.worst[quantity] = found
+        key = quantity, step
+        if key not in self.found or found.value > self.found[key].value:
+            self.found[key] = found
 
-    def compare(self, quantity: str, where: str, ours: Tensor, expected: Tensor, scale: float = 1.0) -> None:
+    def worst(self) -> dict[str, Difference]:
+        """The largest difference of each quantity over all steps."""
+        worst: dict[str, Difference] = {}
+        for (quantity, _), found in self.found.items():
+            if quantity not in worst or found.value > worst[quantity].value:
+                worst[quantity] = found
+        return worst
+
+    def compare(self, quantity: str, step: int, where: str, ours: Tensor, expected: Tensor, scale: float = 1.0) -> None:
         """Note the largest element-wise difference, in units of ``scale``."""
         ours, expected = ours.double().flatten(), expected.double().flatten()
         error = (ours - expected).abs().nan_to_num(math.inf)
         worst = int(error.argmax())
         # An expected tensor of zeros leaves no scale: then only equality is no difference.
         value = float(error[worst]) / scale if scale else (math.inf if error[worst] else 0.0)
-        self.note(quantity, Difference(value, where, float(ours[worst]), float(expected[worst])))
+        self.note(quantity, step, Difference(value, where, float(ours[worst]), float(expected[worst])))
 
 
 def global_batch(trial: Trial, step: int) -> SyntheticBatch:
@@ -132,7 +147,7 @@ def global_batch(trial: Trial, step: int) -> SyntheticBatch:
     documents = None
     if trial.with_documents:
         documents = (torch.rand(rows, length, generator=generator) < _MEAN_DOCUMENTS / length).cumsum(1)
-    return SyntheticBatch(ids[:, :-1], labels, documents)
+    return SyntheticBatch(ids[:, :-1], labels, documents, torch.arange(step * rows, (step + 1) * rows))
 
 
 def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
@@ -147,7 +162,7 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
     results: list[StepResult] = []
     clip_grad = trial.optimizer.clip_grad
     for step in range(trial.steps):
-        result, gradients = _plain_gradients(model, global_batch(trial, step))
+        result, gradients = _plain_gradients(model, global_batch(trial, step), trial.seed)
         save_file(gradients, _gradient_file(folder, step))
         if step == 0:
             clip_grad = min(clip_grad, result.grad_norm / 2)
@@ -168,7 +183,7 @@ def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) ->
     optimizer = trial.optimizer.model_copy(update={"clip_grad": reference.clip_grad})
     engine = Engine(trial.model, trial.parallel, optimizer, trial.precision, trial.seed, torch.device("cpu"))
     # Also the second copy of a tied table, which engine.named_parameters() leaves out.
-    parameters = dict(engine.model.named_parameters())
+    parameters = dict(engine.all_parameters())
     report = RankReport()
     report.held = {n: tuple((s.start, s.stop) for s in logical_of(p).slices()) for n, p in parameters.items()}
     for step, expected in enumerate(reference.results):
@@ -177,13 +192,15 @@ def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) ->
             for name, parameter in parameters.items():
                 whole = tensors.get_tensor(name)
                 ours, part = engine.gradient(parameter), whole[logical_of(parameter).slices()]
-                report.compare("gradient", f"{name} at step {step + 1}", ours, part, float(whole.abs().max()))
+                where, scale = f"{name} at step {step + 1}", float(whole.abs().max())
+                report.compare("gradient", step + 1, where, ours, part, scale)
         _compare_step(report, step, engine.update(optimizer.lr), expected)
     with safe_open(_end_file(folder), "pt") as tensors:
         for name, parameter in parameters.items():
-            _compare_end(report, engine, name, parameter, tensors)
+            _compare_end(report, trial.steps, engine, name, parameter, tensors)
         for name, router in engine.routers():
-            report.compare("router", f"{name}.load", router.load, tensors.get_tensor(f"load/{name}"))
+            load = tensors.get_tensor(f"load/{name}")
+            report.compare("router", trial.steps, f"{name}.load", router.load, load)
     engine.close()
     return report
 
@@ -196,10 +213,11 @@ def _plain_adamw(config: OptimizerConfig, parameters: list[nn.Parameter]) -> tor
     return torch.optim.AdamW(groups, config.lr, betas, config.eps, config.weight_decay, foreach=False)
 
 
-def _plain_gradients(model: LanguageModel, batch: SyntheticBatch) -> tuple[StepResult, dict[str, Tensor]]:
+def _plain_gradients(model: LanguageModel, batch: SyntheticBatch, seed: int) -> tuple[StepResult, dict[str, Tensor]]:
     """Backward over the whole global batch at once, divided by its tokens; the parameters' own ``grad`` tensors."""
     model.zero_grad()
-    loss = model(*batch).sum()
+    noise = Noise(seed, batch.sample_ids, batch.tokens.shape[1])
+    loss = model(batch.tokens, batch.labels, batch.document_ids, noise).sum()
     loss.backward()
     tokens = int((batch.labels != IGNORE).sum())
     gradients: dict[str, Tensor] = {}
@@ -227,7 +245,7 @@ def _my_batches(engine: Engine, trial: Trial, step: int) -> list[SyntheticBatch]
 def _compare_step(report: RankReport, step: int, ours: StepResult, expected: StepResult) -> None:
     def compare(quantity: str, what: str, mine: Any, theirs: Any, scale: float = 1.0) -> None:
         where = f"{what} at step {step + 1}"
-        report.compare(quantity, where, torch.tensor(mine).double(), torch.tensor(theirs).double(), scale)
+        report.compare(quantity, step + 1, where, torch.tensor(mine).double(), torch.tensor(theirs).double(), scale)
 
     compare("loss", "loss", ours.loss, expected.loss)
     compare("grad_norm", "gradient norm", ours.grad_norm, expected.grad_norm, expected.grad_norm)
@@ -239,17 +257,19 @@ def _compare_step(report: RankReport, step: int, ours: StepResult, expected: Ste
             compare("router", f"layer {layer} {key}", ours.routers[layer][key], value)
 
 
-def _compare_end(report: RankReport, engine: Engine, name: str, parameter: nn.Parameter, tensors: Any) -> None:
+def _compare_end(
+    report: RankReport, step: int, engine: Engine, name: str, parameter: nn.Parameter, tensors: Any
+) -> None:
     """Weight, its master copy and moments after the last step."""
     slices = logical_of(parameter).slices()
     state = engine.read_parameter(parameter)
     weight = tensors.get_tensor(f"weight/{name}")[slices]
-    report.compare("weight", f"{name} after the last step", parameter.detach(), weight)
-    report.compare("weight", f"{name} (master) after the last step", state["master"], weight)
+    report.compare("weight", step, f"{name} after the last step", parameter.detach(), weight)
+    report.compare("weight", step, f"{name} (master) after the last step", state["master"], weight)
     for moment in MOMENTS:
         whole = tensors.get_tensor(f"{moment}/{name}")
         where = f"{name} ({moment}) after the last step"
-        report.compare("moment", where, state[moment], whole[slices], float(whole.abs().max()))
+        report.compare("moment", step, where, state[moment], whole[slices], float(whole.abs().max()))
 
 
 def _routers(model: nn.Module) -> list[tuple[str, Router]]:

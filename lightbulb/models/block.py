@@ -18,9 +18,9 @@ class BlockConfig(Config):
     channel: Annotated[ChannelMixerConfig, Registered("channel_mixer")]
     """Mixes along the features."""
 
-    def build(self, dim: int, context_length: int, norm_eps: float, init: Init) -> "Block":
+    def build(self, dim: int, context_length: int, norm_eps: float, dropout: float, init: Init) -> "Block":
         """The module, uninitialised."""
-        return Block(self, dim, context_length, norm_eps, init)
+        return Block(self, dim, context_length, norm_eps, dropout, init)
 
     def cost(self, dim: int, context_length: int) -> Cost:
         """Both mixers and both norms."""
@@ -28,10 +28,11 @@ class BlockConfig(Config):
 
 
 class Block(nn.Module):
-    """``x + token(norm(x))``, then ``x + channel(norm(x))``."""
+    """``x + token(norm(x))``, then ``x + channel(norm(x))``, with dropout on what is added."""
 
-    def __init__(self, config: BlockConfig, dim: int, context_length: int, norm_eps: float, init: Init):
+    def __init__(self, config: BlockConfig, dim: int, context_length: int, norm_eps: float, dropout: float, init: Init):
         super().__init__()
+        self.dropout = dropout
         self.token_norm = RMSNorm(dim, norm_eps)
         self.token = config.token.build(dim, context_length, init)
         self.channel_norm = RMSNorm(dim, norm_eps)
@@ -41,6 +42,8 @@ class Block(nn.Module):
         self, x: Tensor, context: Context, state: DecodeState | None = None
     ) -> tuple[Tensor, DecodeState | None]:
         """``x [length, batch, dim]`` and the layer's decode state, both updated."""
-        mixed, state = self.token(self.token_norm(x), context, state)
-        x = x + mixed
-        return x + self.channel(self.channel_norm(x), context), state
+        here = context.at("token")
+        mixed, state = self.token(self.token_norm(x), here, state)
+        x = x + here.dropout(mixed, self.dropout)
+        here = context.at("channel")
+        return x + here.dropout(self.channel(self.channel_norm(x), here), self.dropout), state

@@ -18,9 +18,24 @@ from lightbulb.mixers.base import Context, ModelState
 from lightbulb.models.block import Block, BlockConfig
 from lightbulb.nn.cross_entropy import linear_cross_entropy
 from lightbulb.nn.embedding import VocabParallelEmbedding
-from lightbulb.nn.groups import enter_tensor_region, gather_last_dim, tensor_axis
+from lightbulb.nn.groups import enter_tensor_region, gather_last_dim, tensor_axis, ulysses_axis
+from lightbulb.nn.noise import Noise
 from lightbulb.nn.norm import RMSNorm
 from lightbulb.nn.parameter import Init, Logical, make_parameter
+from lightbulb.nn.recompute import Recompute, recompute
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How a model is to be split (see ``ParallelConfig``): ranks per axis, pipeline stages over all ranks, and whether
+    the tensor axis splits the sequence."""
+
+    tensor: int = 1
+    stages: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    ulysses: int = 1
+    sequence: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,8 @@ class LanguageConfig(Config):
     """Longest sequence the model is trained on."""
     block_pattern: list[BlockConfig] = Field(min_length=1)
     """Blocks, repeated in this order until there are ``num_layers``."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability of setting a feature to zero, of the embeddings and of what each mixer adds."""
     tie_embeddings: bool = False
     """The head uses the embedding's rows."""
     norm_eps: float = Field(1e-6, gt=0)
@@ -88,22 +105,39 @@ class LanguageConfig(Config):
         embedding = Cost(self.vocab_size * self.dim, 0, 0.0)
         return sum(self.layer_costs(), embedding) + self.head_cost()
 
-    def check_parallel(self, tensor: int, pipeline: int, expert: int) -> None:
+    def carried_widths(self, layer: int) -> list[int]:
+        """Widths of the tensors ``[length, batch, width]`` that go into a layer: what a pipeline stage that starts
+        there receives."""
+        return [self.dim]
+
+    def check_parallel(self, degrees: "Degrees") -> None:
         """Raise ValueError, naming field, value and fix, when the model cannot be split that way."""
+        tensor, ulysses, expert = degrees.tensor, degrees.ulysses, degrees.expert
         if self.vocab_size % tensor:
             raise ValueError(
                 f"model.vocab_size {self.vocab_size} cannot be split over parallel.tensor {tensor}; "
                 f"raise it to {math.ceil(self.vocab_size / tensor) * tensor} (unused ids are harmless)"
             )
-        if self.num_layers < pipeline:
-            raise ValueError(f"parallel.pipeline {pipeline} exceeds model.num_layers {self.num_layers}; lower it")
+        if self.num_layers < degrees.stages:
+            raise ValueError(
+                f"parallel.pipeline x parallel.interleave makes {degrees.stages} stages, more than model.num_layers "
+                f"{self.num_layers}; lower one"
+            )
+        parts = ulysses * (tensor if degrees.sequence else 1)
+        if self.context_length % parts:
+            raise ValueError(
+                f"model.context_length {self.context_length} cannot be split over {parts} ranks (parallel.ulysses, and "
+                f"parallel.tensor with parallel.sequence); choose a multiple of {parts}"
+            )
         routed = []
         for index, block in enumerate(self.block_pattern):
             for part, config in (("token", block.token), ("channel", block.channel)):
                 try:
                     config.check_tensor_parallel(tensor)
-                    if part == "channel":
-                        block.channel.check_expert_parallel(expert)
+                    if part == "token":
+                        block.token.check_ulysses(tensor, ulysses)
+                    else:
+                        block.channel.check_expert_parallel(expert, degrees.expert_tensor)
                 except ValueError as error:
                     raise ValueError(f"model.block_pattern.{index}.{part}.{error}") from None
             routed.append(hasattr(block.channel, "num_experts"))
@@ -127,6 +161,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.context_length = config.context_length
         self.axis = tensor_axis()
+        self.ulysses = ulysses_axis()
+        self.recompute: Recompute = "none"
         self.pre_process = stage.has_embedding
         self.post_process = stage.has_head
         self.share_embeddings_and_output_weights = config.tie_embeddings
@@ -134,12 +170,17 @@ class LanguageModel(nn.Module):
         init = config.init()
         if stage.has_embedding or (stage.has_head and config.tie_embeddings):
             self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, init.std)
+            if config.tie_embeddings and not (stage.has_embedding and stage.has_head):
+                # Both copies get gradient buckets of their own: the distributed optimizer reduces each bucket to shards
+                # before the copies' gradients are added up, and the shards of both must cover the same elements.
+                self.embedding.weight.shared_embedding = True  # type: ignore[attr-defined]
         self.blocks = nn.ModuleDict(
             {
-                str(i): config.layer(i).build(config.dim, config.context_length, config.norm_eps, init)
+                str(i): config.layer(i).build(config.dim, config.context_length, config.norm_eps, config.dropout, init)
                 for i in range(stage.first, stage.last)
             }
         )
+        self._received_widths = config.carried_widths(stage.first)
         if stage.has_head:
             self.norm = RMSNorm(config.dim, config.norm_eps)
             if config.tie_embeddings and not stage.has_embedding:
@@ -161,30 +202,59 @@ class LanguageModel(nn.Module):
         """This tensor rank's rows of the head."""
         return self.embedding.weight if self.config.tie_embeddings else self.head
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+    def my_positions(self, x: Tensor) -> Tensor:
+        """This Ulysses rank's columns of ``x [batch, length]``."""
+        return x.chunk(self.ulysses.size, dim=1)[self.ulysses.rank]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        noise: Noise | None = None,
+    ) -> Tensor:
         """One pass over whole contexts.
 
         Args:
             tokens: ``[batch, length]``.
             labels: ``[batch, length]`` next tokens, or IGNORE; with labels the last stage returns losses.
             document_ids: ``[batch, length]`` to keep documents apart, or None.
+            noise: source of dropout and jitter in training; None for neither.
 
         Returns:
-            Losses ``[batch, length]`` in nats; logits ``[batch, length, vocab]`` float32 without labels; hidden
-            states ``[length, batch, dim]`` on a stage without the head.
+            Losses ``[batch, length]`` in nats; logits ``[batch, length, vocab]`` float32 without labels (of
+            :meth:`my_positions` both); on a stage without the head what the next stage receives,
+            ``[rows, batch, sum of widths]``.
         """
-        context = Context(torch.arange(tokens.shape[1], device=tokens.device), document_ids)
-        x = self._input if not self.pre_process else self.embedding(tokens)
-        assert x is not None
-        for block in self.blocks.values():
-            x, _ = block(x, context)
+        length = tokens.shape[1]
+        positions = torch.arange(length, device=tokens.device)
+        noise = noise if self.training else None
+        context = Context(positions, document_ids, self._rows(length), noise, recompute=self.recompute)
+        if self.pre_process:
+            embedded = self.embedding(self.my_positions(tokens))
+            carried = [context.at("embedding").dropout(embedded, self.config.dropout)]
+        else:
+            assert self._input is not None
+            carried = list(self._input.split(self._received_widths, dim=-1))
+        carried = self.run_blocks(carried, context)
         if not self.post_process:
-            return x
-        x = self.norm(x)
+            return carried[0] if len(carried) == 1 else torch.cat(carried, dim=-1)
+        x = self.norm(carried[0])
         if labels is None:
             return self._logits(x)
-        losses = linear_cross_entropy(x.flatten(0, 1), self.head_weight(), labels.t().flatten(), self.axis)
+        labels = self.my_positions(labels)
+        hidden = enter_tensor_region(x, self.axis).flatten(0, 1)
+        losses = linear_cross_entropy(hidden, self.head_weight(), labels.t().flatten(), self.axis)
         return losses.view(labels.shape[1], labels.shape[0]).t()
+
+    def run_blocks(self, carried: list[Tensor], context: Context) -> list[Tensor]:
+        """This stage's blocks, from what the first of them takes (``config.carried_widths``) to what the next stage's
+        first block takes; the head reads the first tensor."""
+        (x,) = carried
+        for name, block in self.blocks.items():
+            here = context.at(name)
+            x, _ = recompute(block, x, here) if self.recompute == "full" else block(x, here)
+        return [x]
 
     def init_state(self, batch_size: int, max_length: int) -> ModelState:
         """Empty decode state of every layer, for sequences up to ``max_length``."""
@@ -205,6 +275,13 @@ class LanguageModel(nn.Module):
         for name, block in self.blocks.items():
             x, updated[name] = block(x, context, state[name])
         return self._logits(self.norm(x)), updated
+
+    def _rows(self, length: int) -> slice:
+        """The positions this rank holds between mixers: Ulysses cuts first, then the tensor axis."""
+        tensor = self.axis.size if self.axis.sequence else 1
+        part = length // (self.ulysses.size * tensor)
+        index = self.ulysses.rank * tensor + (self.axis.rank if self.axis.sequence else 0)
+        return slice(index * part, (index + 1) * part)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = enter_tensor_region(x, self.axis) @ self.head_weight().t()

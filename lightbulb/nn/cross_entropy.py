@@ -26,7 +26,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, axis: A
     """Negative log-likelihood in nats, ``[tokens]`` float32, zero where the label is :data:`IGNORE`.
 
     Args:
-        hidden: ``[tokens, dim]``, replicated over the tensor axis (its gradient is summed over it).
+        hidden: ``[tokens, dim]``, inside the tensor region (its gradient is this rank's share).
         weight: ``[vocab / axis size, dim]``, this rank's rows of the head.
         labels: ``[tokens]`` token ids, or :data:`IGNORE`.
         axis: the tensor axis.
@@ -51,7 +51,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = (lse - target).masked_fill(labels == IGNORE, 0.0)
         _subtract_one_hot_(logits, local, is_mine, losses)
         ctx.save_for_backward(hidden, weight, logits, labels)
-        ctx.axis = axis
         return losses
 
     @staticmethod
@@ -61,8 +60,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad = grad.masked_fill(labels == IGNORE, 0.0)[:, None]
         dtype = logits_grad.dtype
         grad_hidden = ((logits_grad @ weight.to(dtype)) * grad).to(hidden.dtype)
-        if ctx.axis.group is not None:
-            all_reduce(grad_hidden, group=ctx.axis.group)
         grad_weight = logits_grad.t() @ (hidden * grad).to(dtype)
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 

@@ -6,6 +6,7 @@ inference on one device) every axis has one rank and layers behave as their plai
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,25 +21,51 @@ from torch.distributed import ProcessGroup  # noqa: E402
 
 @dataclass(frozen=True)
 class Axis:
-    """One parallel axis as seen from this rank: its group (None when it has one rank), rank and size."""
+    """One parallel axis as seen from this rank.
+
+    Attributes:
+        group: its process group, None when it has one rank.
+        rank: this rank's place on it.
+        size: its ranks.
+        sequence: on a tensor axis: outside tensor regions every rank holds its own part of the sequence (Megatron's
+            sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
+    """
 
     group: ProcessGroup | None = None
     rank: int = 0
     size: int = 1
+    sequence: bool = False
 
 
 SINGLE = Axis()
 
+_sequence_parallel = False
 
-def _axis(group: ProcessGroup) -> Axis:
-    return Axis(group, group.rank(), group.size()) if group.size() > 1 else SINGLE
+
+def set_sequence_parallel(value: bool) -> None:
+    """Whether the tensor axis of layers built from now on splits the sequence; ``parallel/topology.py`` calls this
+    when it makes the groups."""
+    global _sequence_parallel
+    _sequence_parallel = value
+
+
+def _axis(group: ProcessGroup, sequence: bool = False) -> Axis:
+    return Axis(group, group.rank(), group.size(), sequence) if group.size() > 1 else SINGLE
 
 
 def tensor_axis() -> Axis:
-    """Tensor parallelism: weights split by rows or columns, activations between blocks replicated."""
+    """Tensor parallelism: weights split by rows or columns; activations between blocks replicated, or split by
+    position under sequence parallelism."""
     if not parallel_state.model_parallel_is_initialized():
         return SINGLE
-    return _axis(parallel_state.get_tensor_model_parallel_group())
+    return _axis(parallel_state.get_tensor_model_parallel_group(), _sequence_parallel)
+
+
+def ulysses_axis() -> Axis:
+    """Ulysses: ranks that hold consecutive parts of each sequence, and of the heads inside an attention."""
+    if not parallel_state.model_parallel_is_initialized():
+        return SINGLE
+    return _axis(parallel_state.get_context_parallel_group())
 
 
 def expert_axis() -> Axis:
@@ -48,17 +75,52 @@ def expert_axis() -> Axis:
     return _axis(parallel_state.get_expert_model_parallel_group())
 
 
+def expert_tensor_axis() -> Axis:
+    """Expert tensor parallelism: each expert's hidden features split over the tensor axis, or (one rank) not at all,
+    so that tensor ranks send their tokens to whole experts."""
+    if not parallel_state.model_parallel_is_initialized():
+        return SINGLE
+    return _axis(parallel_state.get_expert_tensor_parallel_group(), _sequence_parallel)
+
+
 def enter_tensor_region(x: Tensor, axis: Axis) -> Tensor:
-    """Before weights split over the tensor axis: identity forward, gradients summed over the axis backward."""
-    return x if axis.group is None else mappings.copy_to_tensor_model_parallel_region(x, axis.group)
+    """Before weights split over the tensor axis: ``x [length, ...]`` whole on every rank, gradients summed backward.
+
+    Without sequence parallelism the identity; with it, all-gather forward and reduce-scatter backward.
+    """
+    if axis.group is None:
+        return x
+    if axis.sequence:
+        return mappings.gather_from_sequence_parallel_region(x, group=axis.group)
+    return share_in_tensor_region(x, axis)
+
+
+def share_in_tensor_region(x: Tensor, axis: Axis) -> Tensor:
+    """What every tensor rank holds whole (a replicated weight) but uses on its own part of the data: identity forward,
+    gradients summed over the axis backward."""
+    if axis.group is None:
+        return x
+    return _ContiguousGradient.apply(mappings.copy_to_tensor_model_parallel_region(x, axis.group))
 
 
 def exit_tensor_region(x: Tensor, axis: Axis) -> Tensor:
-    """After weights split over the tensor axis: partial results summed forward, identity backward."""
+    """After weights split over the tensor axis: partial results summed; with sequence parallelism each rank keeps its
+    part of the positions."""
     if axis.group is None:
         return x
+    if axis.sequence:
+        return mappings.reduce_scatter_to_sequence_parallel_region(x, group=axis.group)
     # Megatron's reduction works in place on x.contiguous(): on a strided x it would reduce a temporary copy.
     return mappings.reduce_from_tensor_model_parallel_region(x.contiguous(), axis.group)
+
+
+def gather_positions(x: Tensor, axis: Axis) -> Tensor:
+    """Concatenate ``x [length, ...]`` over the parts of a sequence-parallel tensor axis (no gradient)."""
+    if axis.group is None or not axis.sequence:
+        return x
+    whole = x.new_empty(len(x) * axis.size, *x.shape[1:])
+    torch.distributed.all_gather_into_tensor(whole, x.contiguous(), group=axis.group)
+    return whole
 
 
 def gather_last_dim(x: Tensor, axis: Axis) -> Tensor:
@@ -68,3 +130,15 @@ def gather_last_dim(x: Tensor, axis: Axis) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(axis.size)]
     torch.distributed.all_gather(parts, x.contiguous(), group=axis.group)
     return torch.cat(parts, dim=-1)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Megatron's backward sums ``grad.contiguous()`` in place, returns ``grad``: a strided one would stay partial."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()

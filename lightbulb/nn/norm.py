@@ -13,14 +13,15 @@ from lightbulb.nn.parameter import Logical, make_parameter
 class RMSNorm(nn.Module):
     """``y = g * x / sqrt(mean(x^2) + eps)`` over the last dimension, statistics in float32.
 
-    The weight is replicated over the tensor axis; a caller whose input differs between tensor ranks (heads) passes
-    the weight through the tensor region itself, so that its gradient is summed.
+    The weight is replicated over the tensor axis. A norm inside a tensor region (over heads, say) is built with
+    ``by_position=False``, and its caller passes the weight in by
+    :func:`~lightbulb.nn.groups.share_in_tensor_region`, so that its gradient is summed.
     """
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, by_position: bool = True):
         super().__init__()
         self.eps = eps
-        self.weight = make_parameter(Logical((dim,), None))
+        self.weight = make_parameter(Logical((dim,), None, by_position=by_position))
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Normalise ``x [..., dim]``."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightbulb.nn.groups import SINGLE, Axis
+from lightbulb.nn.groups import SINGLE, Axis, tensor_axis
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,12 @@ class Logical:
         shape: shape of the logical tensor.
         std: standard deviation of the initial values; None for ones (norm weights).
         tensor_dim: dimension split over the tensor axis, or None when replicated.
-        tensor: the tensor axis.
+        tensor: the tensor axis (of an expert: the expert tensor axis).
         expert: the expert axis, which splits dimension 0 when ``is_expert``.
         is_expert: dimension 0 counts experts.
         keep_fp32: stays in float32 when the model is cast to bfloat16.
+        by_position: used outside tensor regions, so that under sequence parallelism each tensor rank's gradient covers
+            its own positions only.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +46,7 @@ class Logical:
     expert: Axis = SINGLE
     is_expert: bool = False
     keep_fp32: bool = False
+    by_position: bool = False
 
     def slices(self) -> tuple[slice, ...]:
         """The part of the logical tensor this rank holds."""
@@ -74,10 +77,14 @@ def make_parameter(logical: Logical) -> nn.Parameter:
 
 
 def annotate(parameter: nn.Parameter, logical: Logical) -> None:
-    """Attach the record and Megatron-core's attributes (`allreduce`: reduced over the whole data axis;
-    `tensor_model_parallel`: distinct on each tensor rank, so counted once per rank in the gradient norm)."""
+    """Attach the record and Megatron-core's attributes (`allreduce`: reduced over the whole data axis, not the expert
+    data axis; `sequence_parallel`: summed over the tensor axis; `tensor_model_parallel`: distinct on each tensor rank,
+    so counted once per rank in the gradient norm)."""
+    tensor = tensor_axis()
+    spread = logical.expert.size > 1 or logical.tensor.size != tensor.size
     parameter.logical = logical  # type: ignore[attr-defined]
-    parameter.allreduce = not (logical.is_expert and logical.expert.size > 1)  # type: ignore[attr-defined]
+    parameter.allreduce = not (logical.is_expert and spread)  # type: ignore[attr-defined]
+    parameter.sequence_parallel = logical.by_position and tensor.sequence  # type: ignore[attr-defined]
     parameter.tensor_model_parallel = logical.tensor_dim is not None  # type: ignore[attr-defined]
     parameter.partition_dim = -1 if logical.tensor_dim is None else logical.tensor_dim  # type: ignore[attr-defined]
     parameter.partition_stride = 1  # type: ignore[attr-defined]

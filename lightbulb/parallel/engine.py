@@ -1,7 +1,8 @@
 """The engine: one model on any layout, driven by Megatron-core's schedules, buckets and optimizer.
 
 Gradients are sums over tokens, divided once by the number of predicted tokens of the *global* batch; with that and
-sum-shaped auxiliary losses, micro-batch size and every parallel degree leave the gradient unchanged.
+sum-shaped auxiliary losses, micro-batch size and every parallel degree leave the gradient unchanged. A rank holds one
+model chunk per pipeline stage it runs: one, or ``parallel.interleave`` of them.
 """
 
 import math
@@ -20,8 +21,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from lightbulb.models.language import LanguageConfig, LanguageModel
+from lightbulb.models.language import LanguageConfig, LanguageModel, Stage
 from lightbulb.nn.cross_entropy import IGNORE
+from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import initialise, logical_of
 from lightbulb.parallel import megatron_cpu
 from lightbulb.parallel.collective import any_rank
@@ -55,7 +57,7 @@ class StepResult:
 
 
 class Engine:
-    """A model chunk on this rank with everything needed to train it.
+    """This rank's model chunks with everything needed to train them.
 
     ``torch.distributed`` must be initialised. The engine creates the process groups of its layout; :meth:`close`
     forgets them.
@@ -65,7 +67,7 @@ class Engine:
         parallel: degrees, already resolved for this world size.
         optimizer: AdamW settings.
         precision: dtype of weights and activations; masters, moments and gradient sums are always float32.
-        seed: seeds the initial weights.
+        seed: seeds the initial weights, dropout and router jitter.
         device: where this rank computes.
     """
 
@@ -78,18 +80,17 @@ class Engine:
         seed: int,
         device: torch.device,
     ):
-        model.check_parallel(parallel.tensor, parallel.pipeline, parallel.expert)
+        model.check_parallel(parallel.degrees())
         megatron_cpu.install()
         initialize_groups(parallel)
         self.model_config, self.parallel, self.optimizer_config = model, parallel, optimizer
-        self.device = device
+        self.device, self.seed = device, seed
         self.optimizer_step = 0
-        stage = language_stages(model, parallel.pipeline)[parallel_state.get_pipeline_model_parallel_rank()]
-        self.model: LanguageModel = model.build(stage)
-        initialise(self.model, seed)
-        _cast(self.model.to(device), precision)
-        self.model.model_type = ModelType.encoder_or_decoder
-        self.ddp = self._wrap(precision)
+        stages = language_stages(model, parallel.num_stages, parallel.stages)
+        mine = stages[parallel_state.get_pipeline_model_parallel_rank() :: parallel.pipeline]
+        self.chunks: list[LanguageModel] = [self._build_chunk(stage, precision) for stage in mine]
+        carried = [model.carried_widths(stage.first) for stage in stages[1:]]
+        self.ddp = self._wrap(precision, any(widths != [model.dim] for widths in carried))
         self.optimizer = build_optimizer(optimizer, self.ddp, precision, parallel.distributed_optimizer)
         self._schedule = get_forward_backward_func()
 
@@ -103,12 +104,17 @@ class Engine:
         """Which part of every matrix this rank holds."""
         return parallel_state.get_tensor_model_parallel_rank()
 
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this rank speaks for the others of its pipeline stage about what all of them hold alike."""
+        return self.tensor_rank == 0 and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
     def train_step(self, batches: list[Any], lr: float) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update.
 
         Args:
-            batches: micro-batches with ``tokens``, ``labels`` ``[batch, length]`` and ``document_ids`` or None; all
-                of one shape, the same number on every rank.
+            batches: micro-batches with ``tokens``, ``labels`` ``[batch, length]``, ``document_ids`` or None and
+                ``sample_ids [batch]``; all of one shape, the same number on every rank.
             lr: learning rate of this step.
         """
         self.forward_backward(batches)
@@ -129,15 +135,21 @@ class Engine:
 
     def forward_backward(self, batches: list[Any]) -> None:
         """Accumulate and reduce the gradients of a global batch, without updating anything (see :meth:`update`)."""
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._losses = self._run(batches, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Any]) -> tuple[float, int]:
         """Summed negative log-likelihood and number of predicted tokens over all ranks' batches."""
-        self.ddp.eval()
+        for chunk in self.ddp:
+            chunk.eval()
+        if self.parallel.interleave > 1:  # the schedule wants whole rounds of micro-batches
+            missing = -len(batches) % self.parallel.pipeline
+            blank = batches[-1]._replace(labels=torch.full_like(batches[-1].labels, IGNORE))
+            batches = batches + [blank] * missing
         self._losses = self._run(batches, forward_only=True)
         result = self._collect()
         return result.loss * result.tokens, result.tokens
@@ -146,17 +158,23 @@ class Engine:
         """Forget the process groups."""
         destroy_groups()
 
+    def all_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Global names and local parameters; a tied table has a copy on the first and on the last stage."""
+        for chunk in self.chunks:
+            yield from chunk.named_parameters()
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Global names and local parameters, without the second copy of a tied table."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.all_parameters():
             if not getattr(parameter, "shared", False):
                 yield name, parameter
 
     def routers(self) -> Iterator[tuple[str, Router]]:
-        """Global names of this stage's routers."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, Router):
-                yield name, module
+        """Global names of this rank's routers."""
+        for chunk in self.chunks:
+            for name, module in chunk.named_modules():
+                if isinstance(module, Router):
+                    yield name, module
 
     def replicas(self, parameter: nn.Parameter) -> dist.ProcessGroup:
         """The ranks that hold the same part of a parameter and share its optimizer state."""
@@ -188,13 +206,31 @@ class Engine:
             gradient = kept.view_as(gradient)
         return gradient
 
-    def _wrap(self, precision: Precision) -> DistributedDataParallel:
+    def _build_chunk(self, stage: Stage, precision: Precision) -> LanguageModel:
+        chunk = self.model_config.build(stage)
+        initialise(chunk, self.seed)
+        _cast(chunk.to(self.device), precision)
+        chunk.recompute = self.parallel.recompute
+        chunk.model_type = ModelType.encoder_or_decoder
+        return chunk
+
+    def _wrap(self, precision: Precision, boundaries_differ: bool) -> list[DistributedDataParallel]:
+        parallel, model = self.parallel, self.model_config
+        is_interleaved = parallel.interleave > 1
         config = TransformerConfig(
-            num_layers=self.model_config.num_layers,
-            hidden_size=self.model_config.dim,
-            num_attention_heads=self.parallel.tensor,
-            tensor_model_parallel_size=self.parallel.tensor,
-            pipeline_model_parallel_size=self.parallel.pipeline,
+            num_layers=model.num_layers,
+            hidden_size=model.dim,
+            num_attention_heads=parallel.tensor,
+            tensor_model_parallel_size=parallel.tensor,
+            sequence_parallel=parallel.sequence,
+            context_parallel_size=parallel.ulysses,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.interleave if is_interleaved else None,
+            # Two ranks that both send and receive in one batch would take each other's messages for the wrong ones.
+            overlap_p2p_comm=is_interleaved,
+            batch_p2p_comm=not is_interleaved,
+            variable_seq_lengths=boundaries_differ,  # each message then goes with its shape
+            moe_token_dispatcher_type="alltoall",  # unused, but the default forbids the line above
             pipeline_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             bf16=precision == "bf16",
@@ -207,16 +243,20 @@ class Engine:
             use_distributed_optimizer=self.parallel.distributed_optimizer,
             overlap_grad_reduce=self.device.type == "cuda",
         )
-        wrapped = DistributedDataParallel(config, settings, self.model)
-        config.no_sync_func = wrapped.no_sync
+        wrapped = [
+            DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(self.chunks)
+        ]
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if is_interleaved else no_sync[0]
         return wrapped
 
     def _run(self, batches: list[Any], forward_only: bool) -> list[Tensor]:
         batch, length = batches[0].tokens.shape
         return self._schedule(
             forward_step_func=self._forward_step,
-            data_iterator=iter(batches),
-            model=[self.ddp],
+            data_iterator=[iter(batches) for _ in self.ddp] if len(self.ddp) > 1 else iter(batches),
+            model=self.ddp,
             num_microbatches=len(batches),
             seq_length=length,
             micro_batch_size=batch,
@@ -227,7 +267,9 @@ class Engine:
         batch = next(batches)
         tokens, labels = batch.tokens.to(self.device), batch.labels.to(self.device)
         documents = None if batch.document_ids is None else batch.document_ids.to(self.device)
-        return model(tokens, labels, documents), partial(_sum_losses, labels)
+        noise = Noise(self.seed, batch.sample_ids, tokens.shape[1])
+        losses = model(tokens, labels, documents, noise)
+        return losses, partial(_sum_losses, self.chunks[0].my_positions(labels))
 
     def _collect(self) -> StepResult:
         """Add losses and router statistics over micro-batches and ranks, in one all-reduce."""
@@ -240,7 +282,10 @@ class Engine:
             sums = router.statistics.take(self.device)
             table[_layer_of(name), : len(sums)] = sums
         dist.all_reduce(table)
-        table = (table / self.parallel.tensor).cpu()  # tensor ranks all counted the same tokens
+        table[-1] /= self.parallel.tensor  # whose ranks all counted the same losses
+        if not self.parallel.sequence:  # ... and then routed the same tokens
+            table[:-1] /= self.parallel.tensor
+        table = table.cpu()
         tokens = int(table[-1, 1])
         result = StepResult(float(table[-1, 0]) / max(tokens, 1), tokens, 0.0, 1.0, applied=True)
         for layer in range(self.model_config.num_layers):
@@ -252,7 +297,7 @@ class Engine:
     def _has_finite_gradients(self) -> bool:
         """Whether every gradient on this rank is finite. The norm alone would not tell: it counts a parameter that
         tensor ranks replicate on the first of them only."""
-        buffers = [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
+        buffers = [b for chunk in self.ddp for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         return all(math.isfinite(float(buffer.grad_data.sum())) for buffer in buffers)
 
     def _num_experts(self, layer: int) -> int:

@@ -50,9 +50,9 @@ class Part:
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: DistributedDataParallel, precision: Precision, distributed: bool
+    config: OptimizerConfig, chunks: list[DistributedDataParallel], precision: Precision, distributed: bool
 ) -> ChainedOptimizer:
-    """Megatron-core's optimizer over a model chunk (one chain link for shared parameters, one for experts)."""
+    """Megatron-core's optimizer over this rank's chunks (one chain link for shared parameters, one for experts)."""
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -65,10 +65,10 @@ def build_optimizer(
             bf16=precision == "bf16",
             use_distributed_optimizer=distributed,
         ),
-        [model],
+        chunks,
         use_gloo_process_groups=False,
     )
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    on_cpu = next(chunks[0].parameters()).device.type == "cpu"
     for group in optimizer.param_groups:
         # Megatron-core leaves it to its learning-rate scheduler, which is not used here, to apply the multiplier.
         group["weight_decay"] = config.weight_decay * group["wd_mult"]

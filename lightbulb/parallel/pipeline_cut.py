@@ -1,5 +1,7 @@
 """Where to cut a model into pipeline stages: the slowest stage sets the pace, so its cost is minimised."""
 
+from itertools import accumulate
+
 from lightbulb.models.language import LanguageConfig, Stage
 
 
@@ -25,9 +27,26 @@ def cut(costs: list[float], stages: int) -> list[int]:
     return best[stages, len(costs)][1]
 
 
-def language_stages(config: LanguageConfig, stages: int) -> list[Stage]:
-    """The stages of a language model, by FLOPs; the head's cost falls on the last layer's stage."""
-    costs = [cost.forward_flops for cost in config.layer_costs()]
-    costs[-1] += config.head_cost().forward_flops
-    bounds = cut(costs, stages)
+def language_stages(config: LanguageConfig, stages: int, layers: list[int] | None = None) -> list[Stage]:
+    """The stages of a language model, cut by FLOPs or by hand; the head's cost falls on the last layer's stage.
+
+    Args:
+        config: the model.
+        stages: how many.
+        layers: layers of each stage, or None to cut by cost.
+
+    Raises:
+        ValueError: the layers do not add up to the model's.
+    """
+    if layers is not None:
+        if sum(layers) != config.num_layers:
+            raise ValueError(
+                f"parallel.stages {layers} has {sum(layers)} layers and model.num_layers is {config.num_layers}; "
+                "make them equal"
+            )
+        bounds = [0, *accumulate(layers)]
+    else:
+        costs = [cost.forward_flops for cost in config.layer_costs()]
+        costs[-1] += config.head_cost().forward_flops
+        bounds = cut(costs, stages)
     return [Stage(bounds[i], bounds[i + 1], has_embedding=i == 0, has_head=i == stages - 1) for i in range(stages)]

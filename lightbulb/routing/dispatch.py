@@ -17,7 +17,6 @@ from torch.distributed import all_to_all_single
 from torch.nn.functional import embedding_bag
 
 from lightbulb.nn.groups import Axis
-from lightbulb.routing.router import Routing
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,13 @@ def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int:
     return math.ceil(factor * top_k * tokens / num_experts)
 
 
-def dispatch(x: Tensor, routing: Routing, num_experts: int, axis: Axis, limit: int | None) -> tuple[Tensor, Plan]:
+def dispatch(x: Tensor, experts: Tensor, num_experts: int, axis: Axis, limit: int | None) -> tuple[Tensor, Plan]:
     """Rows for this rank's experts, sorted by expert.
 
     Args:
         x: ``[T, dim]`` tokens in time order: with a limit, later tokens are dropped before earlier ones, so that
             dropping never depends on the future.
-        routing: the router's choice.
+        experts: ``[T, k]`` the router's choice.
         num_experts: number of experts over all ranks.
         axis: the expert axis.
         limit: rows an expert accepts from this rank, or None for all (dropless).
@@ -67,8 +66,8 @@ def dispatch(x: Tensor, routing: Routing, num_experts: int, axis: Axis, limit: i
     Returns:
         ``[rows, dim]`` and the plan that :func:`combine` needs.
     """
-    top_k = routing.experts.shape[1]
-    pairs = routing.experts.flatten()
+    top_k = experts.shape[1]
+    pairs = experts.flatten()
     kept = None
     if limit is not None:
         kept = _within_limit(pairs, num_experts, limit)

@@ -24,6 +24,8 @@ class RouterConfig(Config):
     """Gates of the chosen experts sum to one (top-k then softmax, as Mixtral); else softmax over all, then top-k."""
     balance_loss: float = Field(0.01, ge=0)
     """Coefficient of the global-batch balance loss."""
+    jitter: float = Field(0.0, ge=0, lt=1)
+    """In training the router's inputs are multiplied by noise between 1 - jitter and 1 + jitter (Switch)."""
     z_loss: float = Field(1e-3, ge=0)
     """Coefficient of the mean squared log-sum-exp of the router logits."""
 
@@ -57,13 +59,21 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.num_experts = num_experts
-        self.weight = make_parameter(Logical((num_experts, dim), init.std, keep_fp32=True))
+        self.weight = make_parameter(Logical((num_experts, dim), init.std, keep_fp32=True, by_position=True))
         self.register_buffer("load", torch.full((num_experts,), 1.0 / num_experts))
         self.statistics = RouterStatistics(num_experts)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Route ``x [T, dim]``; in training the auxiliary losses hang on the gates."""
-        logits = linear(x.to(self.weight.dtype), self.weight)  # float32, whatever x is
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Routing:
+        """Route ``x [T, dim]``; in training the auxiliary losses hang on the gates.
+
+        Args:
+            x: tokens.
+            noise: ``[T, dim]`` uniform on [0, 1) for the jitter, or None.
+        """
+        x = x.to(self.weight.dtype)  # float32, whatever x is
+        if noise is not None:
+            x = x * (1 + self.config.jitter * (2 * noise - 1))
+        logits = linear(x, self.weight)
         probabilities = logits.softmax(-1)
         if self.config.normalize_gates:
             scores, experts = logits.topk(self.config.top_k, dim=-1)

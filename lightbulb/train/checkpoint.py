@@ -121,7 +121,7 @@ def _collect(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor], dict
         start = [part.start for part in logical.slices()]
         shapes |= dict.fromkeys((name, *(f"{name}:{m}" for m in MOMENTS)), (logical.shape, start))
     for name, router in engine.routers():
-        if engine.tensor_rank == 0 and engine.data_rank == 0:
+        if engine.is_first_copy:
             model[f"{name}.load"] = router.load.cpu()
             shapes[f"{name}.load"] = (tuple(router.load.shape), [0])
     return model, moments, shapes
@@ -278,7 +278,7 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
 def load_into(engine: Engine, checkpoint: Checkpoint) -> None:
     """Put every local part of the checkpoint into the engine's model, optimizer and routers."""
     engine.optimizer_step = checkpoint.state.optimizer_step
-    for name, parameter in engine.model.named_parameters():
+    for name, parameter in engine.all_parameters():
         engine.write_parameter(parameter, checkpoint.read_parameter(name, logical_of(parameter)))
     for name, router in engine.routers():
         router.load.copy_(checkpoint.read(f"{name}.load", (slice(0, router.num_experts),)))

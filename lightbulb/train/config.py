@@ -8,6 +8,7 @@ from lightbulb.config import Config, ConfigError
 from lightbulb.data.config import DataConfig
 from lightbulb.models.language import LanguageConfig
 from lightbulb.parallel.optimizer import OptimizerConfig
+from lightbulb.parallel.pipeline_cut import language_stages
 from lightbulb.parallel.topology import ParallelConfig
 from lightbulb.train.schedule import ScheduleConfig
 
@@ -72,7 +73,8 @@ class RunConfig(Config):
         """
         parallel = self.parallel.resolve(world_size)
         try:
-            self.model.check_parallel(parallel.tensor, parallel.pipeline, parallel.expert)
+            self.model.check_parallel(parallel.degrees())
+            language_stages(self.model, parallel.num_stages, parallel.stages)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         data = parallel.data or 1
@@ -81,5 +83,11 @@ class RunConfig(Config):
                 f"train.global_batch_size {self.train.global_batch_size} is not a multiple of train.micro_batch_size "
                 f"{self.train.micro_batch_size} x parallel.data {data}; make it a multiple of "
                 f"{self.train.micro_batch_size * data}"
+            )
+        micro_batches = self.train.global_batch_size // (self.train.micro_batch_size * data)
+        if parallel.interleave > 1 and micro_batches % parallel.pipeline:
+            raise ConfigError(
+                f"parallel.interleave {parallel.interleave}: a rank's {micro_batches} micro-batches are not a multiple "
+                f"of parallel.pipeline {parallel.pipeline}; change train.global_batch_size or train.micro_batch_size"
             )
         return self.model_copy(update={"parallel": parallel})

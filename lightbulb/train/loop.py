@@ -285,7 +285,7 @@ class Trainer:
     def _sum_over_data(self, count: int) -> int:
         total = torch.tensor(float(count), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return round(total.item()) // (self.config.parallel.tensor * self.config.parallel.pipeline)
+        return round(total.item()) // self.config.parallel.copies
 
 
 @contextmanager

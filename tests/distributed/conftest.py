@@ -20,11 +20,11 @@ MODEL: dict[str, Any] = {
     "context_length": 12,
     "block_pattern": [
         {
-            "token": {"type": "attention", "num_heads": 4, "num_kv_heads": 2, "qk_norm": True},
+            "token": {"type": "attention", "num_heads": 8, "num_kv_heads": 4, "qk_norm": True},
             "channel": {"type": "mlp", "hidden_dim": 32},
         },
         {
-            "token": {"type": "attention", "num_heads": 2},
+            "token": {"type": "attention", "num_heads": 4},
             "channel": {"type": "switch", "num_experts": 4, "hidden_dim": 16, "router": {"top_k": 2}},
         },
     ],

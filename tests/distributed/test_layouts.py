@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,30 @@ def test_layout_trains_what_one_process_trains(
     result = compare_layout(trial, reference, folder, ranks)
     assert result.ok, "\n".join(result.failures)
     assert result.worst.keys() == BOUNDS.keys()
+
+
+OPTIONS = [
+    {"tensor": 2, "sequence": True, "data": 1},
+    {"tensor": 2, "sequence": True, "expert": 2, "data": 2},
+    {"tensor": 2, "sequence": True, "expert_tensor": 1, "expert": 2, "data": 1},
+    {"tensor": 2, "sequence": True, "expert_tensor": 1, "expert": 4, "data": 2, "distributed_optimizer": False},
+    {"tensor": 2, "sequence": True, "pipeline": 2, "data": 1, "recompute": "selective"},
+    {"pipeline": 2, "interleave": 2, "data": 1},
+    {"pipeline": 2, "interleave": 2, "data": 2, "expert": 2, "recompute": "full"},
+    {"pipeline": 2, "stages": [3, 1], "data": 1},
+    {"ulysses": 2, "data": 1},
+    {"ulysses": 2, "data": 1, "expert": 2, "distributed_optimizer": False},
+    {"ulysses": 2, "tensor": 2, "sequence": True, "data": 1, "recompute": "full"},
+    {"ulysses": 2, "pipeline": 2, "data": 1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ParallelConfig(**options).label())
+def test_every_way_to_split_and_recompute(ranks: RankPool, referenced: Referenced, options: dict[str, Any]) -> None:
+    trial, reference, folder = referenced(with_documents=True, dropout=0.2)
+    trial = replace(trial, parallel=ParallelConfig(**options), micro_batch_size=2)
+    result = compare_layout(trial, reference, folder, ranks)
+    assert result.ok, "\n".join(result.failures)
 
 
 @pytest.mark.parametrize(("tensor", "pipeline", "expert", "data", "micro"), [(1, 2, 2, 2, 1), (2, 2, 1, 1, 4)])
@@ -96,3 +121,11 @@ def test_bfloat16_stays_close(
     assert worst["loss"].value < 0.005
     assert worst["grad_norm"].value < 0.02
     assert worst["weight"].value < 0.02
+
+
+@pytest.mark.parametrize("options", [{"pipeline": 2, "stages": [3, 1]}, {"pipeline": 2, "interleave": 2}], ids=str)
+def test_a_tied_table_that_crosses_shards(ranks: RankPool, referenced: Referenced, options: dict[str, Any]) -> None:
+    trial, reference, folder = referenced(tie_embeddings=True, vocab_size=1024)
+    trial = replace(trial, parallel=ParallelConfig(**options, data=2), micro_batch_size=2)
+    result = compare_layout(trial, reference, folder, ranks)
+    assert result.ok, "\n".join(result.failures)

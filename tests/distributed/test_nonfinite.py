@@ -39,9 +39,9 @@ def _train(rank: int, parallel: ParallelConfig, poison: float, part: str) -> dic
         rows = torch.randint(0, 64, (2, 13), generator=generator)
         hooks = []
         if step == 1 and rank == parallel.tensor * parallel.pipeline * (parallel.data or 1) - 1:
-            parameter = next(p for name, p in engine.model.named_parameters() if part in name)
+            parameter = next(p for name, p in engine.all_parameters() if part in name)
             hooks = [parameter.register_hook(lambda gradient: gradient * poison)]
-        result = engine.train_step([SyntheticBatch(rows[:, :-1], rows[:, 1:], None)], 1e-2)
+        result = engine.train_step([SyntheticBatch(rows[:, :-1], rows[:, 1:], None, torch.arange(2))], 1e-2)
         for hook in hooks:
             hook.remove()
         applied.append(result.applied)

@@ -21,13 +21,13 @@ def test_two_ranks_agree_and_the_certificate_says_so(tmp_path: Path, capsys: pyt
     assert run(tmp_path / "proof") == 0
     printed = capsys.readouterr()
     line = json.loads(printed.out.splitlines()[-1])
-    assert line["ok"] is True and line["layouts"] == 5 and line["skipped"] == 0
+    assert line["ok"] is True and line["layouts"] == 7 and line["skipped"] == 0
     assert (
         0 < line["worst_grad_rel_diff"] < 1e-4 and line["worst_loss_diff"] < 1e-5 and line["worst_weight_diff"] < 1e-5
     )
     assert line["seconds"] > 0
     certificate = json.loads(Path(line["certificate"]).read_text())
-    assert [entry["layout"] for entry in certificate["compared"]][-1] == "TP2xPP1xEP1xDP1"
+    assert [entry["layout"] for entry in certificate["compared"]][-1] == "TP2xPP1xEP1xDP1 sequence"
     assert certificate["reference"][0]["clip_coefficient"] < 1.0
     assert "| TP1xPP2xEP1xDP1 |" in (tmp_path / "proof" / "certificate.md").read_text()
     assert "TP1xPP1xEP2xDP2 micro-batch" in printed.err  # progress

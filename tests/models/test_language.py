@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightbulb.config import ConfigError, build_config
-from lightbulb.models.language import LanguageConfig, LanguageModel
+from lightbulb.models.language import Degrees, LanguageConfig, LanguageModel
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.parameter import initialise
 from lightbulb.parallel.pipeline_cut import language_stages
@@ -178,13 +178,20 @@ def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "degrees", "message"),
     [
-        ("dense", (3, 1, 1), r"model.vocab_size 40 cannot be split over parallel.tensor 3; raise it to 42"),
-        ("dense", (1, 5, 1), r"parallel.pipeline 5 exceeds model.num_layers 4"),
-        ("dense", (1, 1, 2), r"parallel.expert 2 has no effect"),
-        ("moe", (1, 1, 3), r"model.block_pattern.1.channel.num_experts 4 cannot be split over parallel.expert 3"),
-        ("moe", (8, 1, 1), r"model.block_pattern.0.token.num_.*heads . cannot be split over parallel.tensor 8"),
+        ("dense", {"tensor": 3}, r"model.vocab_size 40 cannot be split over parallel.tensor 3; raise it to 42"),
+        (
+            "dense",
+            {"stages": 5},
+            r"parallel.pipeline x parallel.interleave makes 5 stages, more than model.num_layers 4",
+        ),
+        ("dense", {"ulysses": 2, "tensor": 2, "sequence": True}, r"context_length \d+ cannot be split over 4 ranks"),
+        ("dense", {"ulysses": 4}, r"context_length \d+ cannot be split over 4 ranks"),
+        ("dense", {"ulysses": 5}, r"num_.*heads \d cannot be split over parallel.tensor 1 x parallel.ulysses 5"),
+        ("dense", {"expert": 2}, r"parallel.expert 2 has no effect"),
+        ("moe", {"expert": 3}, r"model.block_pattern.1.channel.num_experts 4 cannot be split over parallel.expert 3"),
+        ("moe", {"tensor": 8}, r"model.block_pattern.0.token.num_.*heads . cannot be split over parallel.tensor 8"),
     ],
 )
-def test_layouts_that_do_not_fit_are_named(name: str, degrees: tuple[int, int, int], message: str) -> None:
+def test_layouts_that_do_not_fit_are_named(name: str, degrees: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        config_of(name).check_parallel(*degrees)
+        config_of(name).check_parallel(Degrees(**degrees))

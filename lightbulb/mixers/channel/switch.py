@@ -1,8 +1,9 @@
 """Mixture of SwiGLU experts behind a token-choice top-k router.
 
 Switch Transformer (Fedus et al. 2021, arXiv:2101.03961) with the dropless default of MegaBlocks (Gale et al. 2022,
-arXiv:2211.15841); a capacity is optional. Experts are spread over the expert axis, and each expert's hidden features
-are split over the tensor axis.
+arXiv:2211.15841); a capacity is optional. Experts are spread over the expert axis. Each expert's hidden features are
+split over the expert tensor axis: the tensor axis, whose ranks then gather their tokens, or one rank, in which case
+sequence-parallel tensor ranks send their own tokens to whole experts.
 """
 
 from typing import Literal
@@ -14,7 +15,13 @@ from torch import Tensor, nn
 from lightbulb.config import Cost
 from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context
 from lightbulb.nn.grouped import grouped_swiglu
-from lightbulb.nn.groups import enter_tensor_region, exit_tensor_region, expert_axis, tensor_axis
+from lightbulb.nn.groups import (
+    enter_tensor_region,
+    exit_tensor_region,
+    expert_axis,
+    expert_tensor_axis,
+    gather_positions,
+)
 from lightbulb.nn.parameter import Init, Logical, make_parameter
 from lightbulb.registry import register
 from lightbulb.routing.dispatch import capacity, combine, dispatch
@@ -50,26 +57,24 @@ class SwitchConfig(ChannelMixerConfig):
         active = self.router.top_k * expert + router
         return Cost(self.num_experts * expert + router, active, 2.0 * active)
 
-    def check_tensor_parallel(self, degree: int) -> None:
-        if self.hidden_dim % degree:
+    def check_expert_parallel(self, expert: int, expert_tensor: int) -> None:
+        if self.num_experts % expert:
             raise ValueError(
-                f"hidden_dim {self.hidden_dim} cannot be split over parallel.tensor {degree}; "
-                f"choose a multiple of {degree}"
+                f"num_experts {self.num_experts} cannot be split over parallel.expert {expert}; choose a divisor"
             )
-
-    def check_expert_parallel(self, degree: int) -> None:
-        if self.num_experts % degree:
+        if self.hidden_dim % expert_tensor:
             raise ValueError(
-                f"num_experts {self.num_experts} cannot be split over parallel.expert {degree}; choose a divisor"
+                f"hidden_dim {self.hidden_dim} cannot be split over {expert_tensor} tensor ranks; "
+                f"choose a multiple of {expert_tensor}"
             )
 
 
 class SwiGLUExperts(nn.Module):
-    """The local experts: ``[rows sorted by expert]`` in, the same rows out, partial sums over the tensor axis."""
+    """The local experts: ``[rows sorted by expert]`` in and out, partial sums over the expert tensor axis."""
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int, init: Init):
         super().__init__()
-        tensor, expert = tensor_axis(), expert_axis()
+        tensor, expert = expert_tensor_axis(), expert_axis()
         self.gate_up = make_parameter(
             Logical((num_experts, 2, hidden_dim, dim), init.std, 2, tensor, expert, is_expert=True)
         )
@@ -88,19 +93,21 @@ class Switch(ChannelMixer):
     def __init__(self, config: SwitchConfig, dim: int, init: Init):
         super().__init__()
         self.config = config
-        self.tensor = tensor_axis()
+        self.tensor = expert_tensor_axis()
         self.expert = expert_axis()
         self.router = Router(config.router, config.num_experts, dim, init)
         self.experts = SwiGLUExperts(config.num_experts, dim, config.hidden_dim, init)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        routing = self.router(tokens)
-        # Each tensor rank sees a part of every expert's hidden features, so the gradients of tokens and gates are
-        # partial sums inside this region.
+        noise = context.at("router").uniform(x) if self.config.router.jitter else None
+        gates, experts = self.router(tokens, None if noise is None else noise.flatten(0, 1))
+        # Each expert tensor rank sees a part of every expert's hidden features, so the gradients of tokens and gates
+        # are partial sums inside this region.
         tokens = enter_tensor_region(tokens, self.tensor)
-        gates = enter_tensor_region(routing.gates, self.tensor)
-        rows, plan = dispatch(tokens, routing, self.config.num_experts, self.expert, self._limit(len(tokens)))
+        gates = enter_tensor_region(gates, self.tensor)
+        experts = gather_positions(experts, self.tensor)
+        rows, plan = dispatch(tokens, experts, self.config.num_experts, self.expert, self._limit(len(tokens)))
         mixed = combine(self.experts(rows, plan.counts), gates, plan)
         return exit_tensor_region(mixed, self.tensor).view_as(x)
 

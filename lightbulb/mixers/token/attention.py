@@ -1,7 +1,8 @@
 """Causal softmax attention with grouped key/value heads, rotary positions and optional query/key norms.
 
 Attention (Vaswani et al. 2017), grouped queries (Ainslie et al. 2023, arXiv:2305.13245), query/key normalisation
-(Henry et al. 2020, arXiv:2010.04245; per head, before the rotation). Heads are split over the tensor axis.
+(Henry et al. 2020, arXiv:2010.04245; per head, before the rotation). Heads are split over the tensor axis, and again
+over the Ulysses axis.
 """
 
 from typing import Literal
@@ -13,11 +14,13 @@ from torch import Tensor
 from lightbulb.config import Cost
 from lightbulb.mixers.base import Context, DecodeState, TokenMixer, TokenMixerConfig
 from lightbulb.nn.attention import attend, causal_attention
-from lightbulb.nn.groups import enter_tensor_region, tensor_axis
+from lightbulb.nn.groups import enter_tensor_region, share_in_tensor_region, tensor_axis, ulysses_axis
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.norm import RMSNorm
 from lightbulb.nn.parameter import Init
+from lightbulb.nn.recompute import recompute
 from lightbulb.nn.rope import rotary_angles, rotate
+from lightbulb.nn.ulysses import gather_heads, scatter_heads
 from lightbulb.registry import register
 
 
@@ -85,6 +88,14 @@ class AttentionConfig(TokenMixerConfig):
             if heads % degree:
                 raise ValueError(f"{field} {heads} cannot be split over parallel.tensor {degree}; choose a divisor")
 
+    def check_ulysses(self, tensor: int, ulysses: int) -> None:
+        for field, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.kv_heads)):
+            if heads % (tensor * ulysses):
+                raise ValueError(
+                    f"{field} {heads} cannot be split over parallel.tensor {tensor} x parallel.ulysses {ulysses}; "
+                    f"choose a multiple of {tensor * ulysses}"
+                )
+
 
 class Attention(TokenMixer):
     """``softmax(q k^T / sqrt(width)) v`` over the past, heads local to the tensor rank."""
@@ -93,36 +104,36 @@ class Attention(TokenMixer):
         super().__init__()
         self.config = config
         self.axis = tensor_axis()
+        self.ulysses = ulysses_axis()
         self.width = config.width(dim)
-        self.heads = config.num_heads // self.axis.size
         self.kv_heads = config.kv_heads // self.axis.size
         self.query = ColumnParallelLinear(dim, config.num_heads * self.width, init.std)
         self.key = ColumnParallelLinear(dim, config.kv_heads * self.width, init.std)
         self.value = ColumnParallelLinear(dim, config.kv_heads * self.width, init.std)
         self.output = RowParallelLinear(config.num_heads * self.width, dim, init.output_std)
         if config.qk_norm:
-            self.query_norm = RMSNorm(self.width, config.norm_eps)
-            self.key_norm = RMSNorm(self.width, config.norm_eps)
+            self.query_norm = RMSNorm(self.width, config.norm_eps, by_position=False)
+            self.key_norm = RMSNorm(self.width, config.norm_eps, by_position=False)
 
     def forward(
         self, x: Tensor, context: Context, state: DecodeState | None = None
     ) -> tuple[Tensor, DecodeState | None]:
-        length, batch, _ = x.shape
         x = enter_tensor_region(x, self.axis)
-        query = self.query(x).view(length, batch, self.heads, self.width)
-        key = self.key(x).view(length, batch, self.kv_heads, self.width)
-        value = self.value(x).view(length, batch, self.kv_heads, self.width)
+        heads = [self.query(x), self.key(x), self.value(x)]
+        query, key, value = scatter_heads([part.unflatten(-1, (-1, self.width)) for part in heads], self.ulysses)
         if self.config.qk_norm:
-            query = self.query_norm(query, enter_tensor_region(self.query_norm.weight, self.axis))
-            key = self.key_norm(key, enter_tensor_region(self.key_norm.weight, self.axis))
+            query = self.query_norm(query, share_in_tensor_region(self.query_norm.weight, self.axis))
+            key = self.key_norm(key, share_in_tensor_region(self.key_norm.weight, self.axis))
         cos, sin = rotary_angles(context.positions, self.width, self.config.rope_theta)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        if state is None:
-            mixed = causal_attention(query, key, value, _document_mask(context))
-        else:
+        if state is not None:
             mixed, state = self._attend_with_past(query, key, value, context, state)
-        return self.output(mixed.permute(2, 0, 1, 3).reshape(length, batch, -1)), state
+        elif context.recompute == "selective":
+            mixed = recompute(causal_attention, query, key, value, _document_mask(context))
+        else:
+            mixed = causal_attention(query, key, value, _document_mask(context))
+        return self.output(gather_heads(mixed.permute(2, 0, 1, 3), self.ulysses).flatten(2)), state
 
     def init_state(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> DecodeState:
         shape = (batch_size, self.kv_heads, max_length, self.width)
