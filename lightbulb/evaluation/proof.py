@@ -44,6 +44,8 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 """Settings that layouts take turns with; one that a layout or model cannot have passes the turn on."""
 
+_MAX_MICRO_BATCHES = 8  # of a rank: enough to fill any pipeline here, few enough to be quick
+
 MIN_EPS, MAX_LR = 1e-6, 1e-3
 """Adam divides each element's moment by its own size plus epsilon. Where that is only rounding noise, a tiny epsilon
 turns it into a step of the full learning rate, on one process as on many; the proof keeps away from that."""
@@ -253,7 +255,7 @@ def _fit(variant: Trial, degrees: ParallelConfig, option: dict[str, Any], turn: 
         variant.model.check_parallel(parallel.degrees())
     except ValueError as error:
         return str(error)
-    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0 and rows // size <= _MAX_MICRO_BATCHES]
     if parallel.interleave > 1:
         sizes = [size for size in sizes if (rows // size) % parallel.pipeline == 0]
     if not sizes:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightbulb.config import Config
 from lightbulb.parallel.host import Precision
+from lightbulb.parallel.offload import OffloadedAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -37,6 +38,8 @@ class OptimizerConfig(Config):
     """Decoupled weight decay of matrices."""
     clip_grad: float = Field(1.0, gt=0)
     """Largest gradient norm; larger gradients are scaled down to it."""
+    offload: bool = False
+    """Keep the moments in main memory and step on the CPU (DeepSpeed's CPU Adam, compiled at first use)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ def build_optimizer(
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
         if on_cpu:
             group["fused"], group["foreach"] = True, False  # one pass over memory instead of a dozen
+    if config.offload:
+        for link in optimizer.chained_optimizers:
+            if link.optimizer is not None:
+                groups, betas = link.optimizer.param_groups, (config.beta1, config.beta2)
+                link.optimizer = OffloadedAdamW(groups, betas, config.eps)
     return optimizer
 
 
@@ -140,8 +148,9 @@ def write_state(part: Part | None, parameter: nn.Parameter, state: dict[str, Ten
         return
     span = slice(part.start, part.stop)
     part.master.copy_(state["master"].flatten()[span].view_as(part.master))
-    if step:
-        part.optimizer.state[part.master] = {
-            "step": torch.tensor(float(step)),  # AdamW keeps it on the CPU, wherever the moments are
-            **{name: state[name].flatten()[span].view_as(part.master).clone() for name in MOMENTS},
-        }
+    moments = {name: state[name].flatten()[span].view_as(part.master).clone() for name in MOMENTS}
+    if isinstance(part.optimizer, OffloadedAdamW):
+        part.optimizer.load(part.master, step, moments)
+    elif step:
+        # AdamW keeps the counter on the CPU, wherever the moments are.
+        part.optimizer.state[part.master] = {"step": torch.tensor(float(step)), **moments}

@@ -1,19 +1,21 @@
 """Moving tokens to experts and back, on one rank or over the expert axis.
 
 :func:`dispatch` sorts the (token, choice) pairs by expert, so that each expert's rows are contiguous; with an expert
-axis it exchanges rows by all-to-all with unequal splits, so that each rank receives the rows of its own experts.
-:func:`combine` brings the results back and adds them up with their gates. Experts know nothing of either.
+axis it exchanges rows by all-to-all with unequal splits, so that each rank receives the rows of its own experts. The
+exchange runs while the caller computes something else (a shared expert), in the backward too. :func:`combine` brings
+the results back and adds them up with their gates. Experts know nothing of either.
 Permutations are gathers in both directions: the backward of a permutation is the inverse permutation, never a
 scatter-add.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import all_to_all_single
+from torch.distributed import Work, all_to_all_single
 from torch.nn.functional import embedding_bag
 
 from lightbulb.nn.groups import Axis
@@ -52,8 +54,10 @@ def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int:
     return math.ceil(factor * top_k * tokens / num_experts)
 
 
-def dispatch(x: Tensor, experts: Tensor, num_experts: int, axis: Axis, limit: int | None) -> tuple[Tensor, Plan]:
-    """Rows for this rank's experts, sorted by expert.
+def dispatch(
+    x: Tensor, experts: Tensor, num_experts: int, axis: Axis, limit: int | None
+) -> tuple[Callable[[], Tensor], Plan]:
+    """Rows for this rank's experts, sorted by expert: sent now, received when the result is called.
 
     Args:
         x: ``[T, dim]`` tokens in time order: with a limit, later tokens are dropped before earlier ones, so that
@@ -64,7 +68,7 @@ def dispatch(x: Tensor, experts: Tensor, num_experts: int, axis: Axis, limit: in
         limit: rows an expert accepts from this rank, or None for all (dropless).
 
     Returns:
-        ``[rows, dim]`` and the plan that :func:`combine` needs.
+        A function that waits for the rows ``[rows, dim]``, and the plan that :func:`combine` needs.
     """
     top_k = experts.shape[1]
     pairs = experts.flatten()
@@ -81,11 +85,15 @@ def dispatch(x: Tensor, experts: Tensor, num_experts: int, axis: Axis, limit: in
         order, inverse, kept = order[:rows], inverse.clamp(max=max(rows - 1, 0)), kept.view(-1, top_k)
     rows = _Spread.apply(x, order, inverse, kept, top_k)
     if axis.group is None:
-        return rows, Plan(order, inverse, kept, counts.tolist(), None)
+        return lambda: rows, Plan(order, inverse, kept, counts.tolist(), None)
     exchange, local_counts = _plan_exchange(counts, axis)
-    received = _AllToAll.apply(rows, exchange.received, exchange.sent, axis)
-    rows = _Permute.apply(received, exchange.by_expert, exchange.by_source)
-    return rows, Plan(order, inverse, kept, local_counts, exchange)
+    flight = _Flight(axis, exchange.sent, exchange.received)
+    received = _Send.apply(rows, flight)
+
+    def receive() -> Tensor:
+        return _Permute.apply(_Receive.apply(received, flight), exchange.by_expert, exchange.by_source)
+
+    return receive, Plan(order, inverse, kept, local_counts, exchange)
 
 
 def combine(rows: Tensor, gates: Tensor, plan: Plan) -> Tensor:
@@ -93,7 +101,8 @@ def combine(rows: Tensor, gates: Tensor, plan: Plan) -> Tensor:
     if plan.exchange is not None:
         exchange = plan.exchange
         rows = _Permute.apply(rows, exchange.by_source, exchange.by_expert)
-        rows = _AllToAll.apply(rows, exchange.sent, exchange.received, exchange.axis)
+        flight = _Flight(exchange.axis, exchange.received, exchange.sent)
+        rows = _Receive.apply(_Send.apply(rows, flight), flight)
     if plan.kept is not None:
         gates = gates.masked_fill(~plan.kept, 0.0)
     return _WeightedSum.apply(rows, gates, plan.order, plan.inverse)
@@ -177,19 +186,59 @@ class _Permute(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, output_splits: list[int], input_splits: list[int], axis: Axis) -> Tensor:
-        ctx.splits, ctx.axis = (output_splits, input_splits), axis
-        return _exchange_rows(rows, output_splits, input_splits, axis)
+class _Flight:
+    """One all-to-all on its way, forward or backward."""
+
+    def __init__(self, axis: Axis, sent: list[int], received: list[int]):
+        self.axis, self.sent, self.received = axis, sent, received
+        self._pending: tuple[Work | None, Tensor, Tensor] | None = None
+
+    def start(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send rows; the result is filled when :meth:`wait` returns."""
+        rows = rows.contiguous()
+        result = rows.new_empty(sum(received), rows.shape[1])
+        work = all_to_all_single(result, rows, received, sent, group=self.axis.group, async_op=True)
+        self._pending = work, rows, result
+        return result
+
+    def wait(self) -> Tensor:
+        """The rows, once they are there (on CUDA: once the current stream may use them)."""
+        assert self._pending is not None
+        work, _, result = self._pending
+        if work is not None:
+            work.wait()
+        self._pending = None
+        return result
+
+
+class _Send(torch.autograd.Function):
+    """Start the exchange; in the backward wait for what :class:`_Receive` started.
+
+    Autograd runs what was recorded last first: whatever the caller computed between the two runs backward between
+    them too.
+    """
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        output_splits, input_splits = ctx.splits
-        return _exchange_rows(grad, input_splits, output_splits, ctx.axis), None, None, None
+    def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.start(rows, flight.sent, flight.received)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.wait(), None
 
 
-def _exchange_rows(rows: Tensor, output_splits: list[int], input_splits: list[int], axis: Axis) -> Tensor:
-    received = rows.new_empty(sum(output_splits), rows.shape[1])
-    all_to_all_single(received, rows.contiguous(), output_splits, input_splits, group=axis.group)
-    return received
+class _Receive(torch.autograd.Function):
+    """Wait for the exchange; in the backward start the reverse one."""
+
+    @staticmethod
+    def forward(ctx: Any, received: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        flight.wait()
+        return received.view_as(received)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        flight = ctx.flight
+        flight.start(grad, flight.received, flight.sent)
+        return grad, None  # of the shape autograd expects; the sender takes the flight's result instead

@@ -123,6 +123,19 @@ def test_bfloat16_stays_close(
     assert worst["weight"].value < 0.02
 
 
+@pytest.mark.parametrize(
+    "options", [{"expert": 4, "data": 4}, {"tensor": 2, "expert": 2, "data": 2, "recompute": "full"}]
+)
+def test_a_shared_expert_while_rows_travel(ranks: RankPool, referenced: Referenced, options: dict[str, Any]) -> None:
+    channel = {"type": "switch", "num_experts": 4, "hidden_dim": 16, "shared_hidden_dim": 8}
+    trial, reference, folder = referenced(
+        block_pattern=[{"token": {"type": "attention", "num_heads": 4}, "channel": channel}]
+    )
+    trial = replace(trial, parallel=ParallelConfig(**options), micro_batch_size=2)
+    result = compare_layout(trial, reference, folder, ranks)
+    assert result.ok, "\n".join(result.failures)
+
+
 @pytest.mark.parametrize("options", [{"pipeline": 2, "stages": [3, 1]}, {"pipeline": 2, "interleave": 2}], ids=str)
 def test_a_tied_table_that_crosses_shards(ranks: RankPool, referenced: Referenced, options: dict[str, Any]) -> None:
     trial, reference, folder = referenced(tie_embeddings=True, vocab_size=1024)

@@ -28,9 +28,9 @@ def test_two_ranks_agree_and_the_certificate_says_so(tmp_path: Path, capsys: pyt
     assert line["seconds"] > 0
     certificate = json.loads(Path(line["certificate"]).read_text())
     assert [entry["layout"] for entry in certificate["compared"]][-1] == "TP2xPP1xEP1xDP1 sequence"
-    assert certificate["reference"][0]["clip_coefficient"] < 1.0
-    assert "| TP1xPP2xEP1xDP1 |" in (tmp_path / "proof" / "certificate.md").read_text()
-    assert "TP1xPP1xEP2xDP2 micro-batch" in printed.err  # progress
+    assert certificate["variants"][""]["reference"][0]["clip_coefficient"] < 1.0
+    assert "| TP1xPP2xEP1xDP1 " in (tmp_path / "proof" / "certificate.md").read_text()
+    assert "TP1xPP1xEP2xDP2 plain-optimizer micro-batch" in printed.err  # progress
 
 
 def test_a_broken_bound_names_layout_place_and_numbers(

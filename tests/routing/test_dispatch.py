@@ -19,9 +19,9 @@ def routing(tokens: int, num_experts: int, top_k: int) -> Routing:
 
 def mixed(x: Tensor, gates: Tensor, experts: Tensor, scales: Tensor, limit: int | None = None) -> Tensor:
     """Experts that multiply their rows, feature by feature, by ``scales[expert]``."""
-    rows, plan = dispatch(x, experts, len(scales), SINGLE, limit)
+    receive, plan = dispatch(x, experts, len(scales), SINGLE, limit)
     expert_of_row = torch.arange(len(scales)).repeat_interleave(torch.tensor(plan.counts))
-    return combine(rows * scales[expert_of_row], gates, plan)
+    return combine(receive() * scales[expert_of_row], gates, plan)
 
 
 def naive(x: Tensor, gates: Tensor, experts: Tensor, scales: Tensor, limit: int | None = None) -> Tensor:
@@ -48,18 +48,18 @@ def test_values_and_gradients(tokens: int, num_experts: int, top_k: int, limit: 
 def test_rows_are_sorted_by_expert_and_in_time_order_within_one() -> None:
     experts = torch.tensor([[2, 0], [0, 3], [2, 3], [0, 2]])
     x = torch.arange(4.0)[:, None]
-    rows, plan = dispatch(x, experts, 5, SINGLE, None)
+    receive, plan = dispatch(x, experts, 5, SINGLE, None)
     assert plan.counts == [3, 0, 3, 2, 0]
-    assert rows[:, 0].tolist() == [0, 1, 3, 0, 2, 3, 1, 2]
+    assert receive()[:, 0].tolist() == [0, 1, 3, 0, 2, 3, 1, 2]
     assert plan.kept is None
 
 
 def test_a_full_expert_drops_later_tokens_first() -> None:
     experts = torch.tensor([[0], [1], [0], [0], [1]])
     x = torch.arange(1.0, 6.0)[:, None]
-    rows, plan = dispatch(x, experts, 2, SINGLE, 2)
+    receive, plan = dispatch(x, experts, 2, SINGLE, 2)
     assert plan.counts == [2, 2]
-    assert combine(rows, torch.ones(5, 1), plan)[:, 0].tolist() == [1, 2, 3, 0, 5]
+    assert combine(receive(), torch.ones(5, 1), plan)[:, 0].tolist() == [1, 2, 3, 0, 5]
 
 
 def test_dropping_does_not_depend_on_the_future() -> None:

@@ -3,7 +3,8 @@
 Switch Transformer (Fedus et al. 2021, arXiv:2101.03961) with the dropless default of MegaBlocks (Gale et al. 2022,
 arXiv:2211.15841); a capacity is optional. Experts are spread over the expert axis. Each expert's hidden features are
 split over the expert tensor axis: the tensor axis, whose ranks then gather their tokens, or one rank, in which case
-sequence-parallel tensor ranks send their own tokens to whole experts.
+sequence-parallel tensor ranks send their own tokens to whole experts. A shared expert, which every token passes, is
+computed while rows travel.
 """
 
 from typing import Literal
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lightbulb.config import Cost
 from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context
+from lightbulb.mixers.channel.mlp import MLPConfig
 from lightbulb.nn.grouped import grouped_swiglu
 from lightbulb.nn.groups import (
     enter_tensor_region,
@@ -37,6 +39,8 @@ class SwitchConfig(ChannelMixerConfig):
     """Experts over all ranks."""
     hidden_dim: int = Field(ge=1)
     """Width of each expert's gated hidden layer."""
+    shared_hidden_dim: int | None = Field(None, ge=1)
+    """Width of an expert that every token passes besides those it chooses (DeepSeekMoE); None for none."""
     router: RouterConfig = RouterConfig()
     """How tokens choose."""
     capacity_factor: float | None = Field(None, gt=0)
@@ -53,9 +57,16 @@ class SwitchConfig(ChannelMixerConfig):
 
     def cost(self, dim: int) -> Cost:
         expert = 3 * dim * self.hidden_dim
-        router = self.num_experts * dim
-        active = self.router.top_k * expert + router
-        return Cost(self.num_experts * expert + router, active, 2.0 * active)
+        always = self.num_experts * dim + 3 * dim * (self.shared_hidden_dim or 0)
+        active = self.router.top_k * expert + always
+        return Cost(self.num_experts * expert + always, active, 2.0 * active)
+
+    def check_tensor_parallel(self, degree: int) -> None:
+        if (self.shared_hidden_dim or 0) % degree:
+            raise ValueError(
+                f"shared_hidden_dim {self.shared_hidden_dim} cannot be split over parallel.tensor {degree}; "
+                f"choose a multiple of {degree}"
+            )
 
     def check_expert_parallel(self, expert: int, expert_tensor: int) -> None:
         if self.num_experts % expert:
@@ -97,6 +108,8 @@ class Switch(ChannelMixer):
         self.expert = expert_axis()
         self.router = Router(config.router, config.num_experts, dim, init)
         self.experts = SwiGLUExperts(config.num_experts, dim, config.hidden_dim, init)
+        if config.shared_hidden_dim is not None:
+            self.shared = MLPConfig(hidden_dim=config.shared_hidden_dim).build(dim, init)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
@@ -107,9 +120,11 @@ class Switch(ChannelMixer):
         tokens = enter_tensor_region(tokens, self.tensor)
         gates = enter_tensor_region(gates, self.tensor)
         experts = gather_positions(experts, self.tensor)
-        rows, plan = dispatch(tokens, experts, self.config.num_experts, self.expert, self._limit(len(tokens)))
-        mixed = combine(self.experts(rows, plan.counts), gates, plan)
-        return exit_tensor_region(mixed, self.tensor).view_as(x)
+        receive, plan = dispatch(tokens, experts, self.config.num_experts, self.expert, self._limit(len(tokens)))
+        shared = self.shared(x, context) if self.config.shared_hidden_dim is not None else None
+        mixed = combine(self.experts(receive(), plan.counts), gates, plan)
+        mixed = exit_tensor_region(mixed, self.tensor).view_as(x)
+        return mixed if shared is None else mixed + shared
 
     def _limit(self, tokens: int) -> int | None:
         factor = self.config.capacity_factor
