@@ -17,21 +17,25 @@ from lightbulb.data.config import DataConfig, DataError
 from lightbulb.data.corpus import Corpus
 
 IGNORED_LABEL = -100
+PADDING_SAMPLE = -1
 PADDING_DOCUMENT = 0  # as data_prep/tokenise.py writes it
 
 
 class Batch(NamedTuple):
-    """One micro-batch: ``[batch, context_length]`` int64 each.
+    """One micro-batch: ``[batch, context_length]`` int64 each, ``[batch]`` the last.
 
     Attributes:
         tokens: inputs.
         labels: the token after each input; ``IGNORED_LABEL`` where there is none.
         document_ids: number of each input's document within its row, or None without ``document_mask``.
+        sample_ids: place of each row in the endless sequence of epochs (held out: its number), whichever rank reads
+            it; ``PADDING_SAMPLE`` where a batch has no row.
     """
 
     tokens: Tensor
     labels: Tensor
     document_ids: Tensor | None
+    sample_ids: Tensor
 
 
 class TrainLoader:
@@ -87,10 +91,12 @@ class TrainLoader:
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch."""
         start = self.samples_consumed + self._offset
+        places = np.arange(start, start + self._part)
         rows = self.row_numbers(start, start + self._part)
-        size = self.micro_batch_size
+        size, mask = self.micro_batch_size, self.data.document_mask
         batches = [
-            _batch(self.corpus, rows[i : i + size], size, self.data.document_mask) for i in range(0, len(rows), size)
+            _batch(self.corpus, rows[i : i + size], places[i : i + size], size, mask)
+            for i in range(0, self._part, size)
         ]
         self.samples_consumed += self.global_batch_size
         return batches
@@ -185,21 +191,25 @@ class HeldOut:
         size = self.micro_batch_size
         for step in range(len(self)):
             start = (step * self._size + self._rank) * size
-            yield _batch(self.corpus, self.rows[start : start + size], size, self.data.document_mask)
+            rows = self.rows[start : start + size]
+            yield _batch(self.corpus, rows, rows, size, self.data.document_mask)
 
 
-def _batch(corpus: Corpus, rows: np.ndarray, size: int, document_mask: bool) -> Batch:
+def _batch(corpus: Corpus, rows: np.ndarray, sample_ids: np.ndarray, size: int, document_mask: bool) -> Batch:
     """The rows as one batch of ``size``; rows that are missing hold no labels."""
     length = corpus.context_length + 1
     tokens = np.zeros((size, length), dtype=np.int64)
     documents = np.full((size, length), PADDING_DOCUMENT, dtype=np.int64)
     for i, row in enumerate(rows):
         tokens[i], documents[i] = corpus[int(row)]
+    ids = np.full(size, PADDING_SAMPLE, dtype=np.int64)
+    ids[: len(rows)] = sample_ids
     labels = np.where(documents[:, 1:] == PADDING_DOCUMENT, IGNORED_LABEL, tokens[:, 1:])
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()),
         torch.from_numpy(labels),
         torch.from_numpy(documents[:, :-1].copy()) if document_mask else None,
+        torch.from_numpy(ids),
     )
 
 

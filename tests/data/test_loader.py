@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightbulb.data.config import DataConfig, DataError
-from lightbulb.data.loader import IGNORED_LABEL, Batch, HeldOut, TrainLoader
+from lightbulb.data.loader import IGNORED_LABEL, PADDING_SAMPLE, Batch, HeldOut, TrainLoader
 from lightbulb.data.tokenizer import Tokenizer
 
 LENGTH, VOCAB = 16, 300
@@ -47,6 +47,16 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(data: DataConfig, s
     alone, together = loaders(data, 1), loaders(data, size)
     for _ in range(5):
         assert torch.equal(global_step(alone), global_step(together))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_sample_ids_are_places_in_the_endless_sequence(data: DataConfig, size: int) -> None:
+    ranks = loaders(data, size)
+    rows = len(ranks[0].corpus)
+    for step in range(2 * rows // 8):
+        batches = [batch for rank in ranks for batch in rank.next_step()]
+        ids = torch.cat([batch.sample_ids for batch in batches])
+        assert ids.dtype == torch.int64 and ids.tolist() == list(range(8 * step, 8 * step + 8))
 
 
 def test_every_epoch_reads_every_row_once_in_another_order(data: DataConfig) -> None:
@@ -165,6 +175,8 @@ def test_held_out_rows_are_divided_over_ranks_without_repeats(data: DataConfig, 
     rows = len(HeldOut(data, LENGTH, VOCAB, 4).rows)
     assert torch.equal(together[:rows], expected[:rows])
     assert (together[rows:] == IGNORED_LABEL).all()
+    ids = torch.cat([rank[i].sample_ids for i in range(len(ranks[0])) for rank in ranks])
+    assert ids[:rows].tolist() == list(range(rows)) and (ids[rows:] == PADDING_SAMPLE).all()
 
 
 def test_max_rows_are_spread_over_the_domains(data: DataConfig) -> None:
