@@ -124,7 +124,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_is_missing(start, r
     for process in command.processes:  # like a disk quota: larger files than this cannot be written any more
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
     assert command.wait(60) == 1, command.text()
-    assert "cannot be written" in command.text()
+    assert "limit or disk quota is reached (0.1 MB needed)" in command.text()
     assert "Traceback" not in command.text()
     assert list((run / "checkpoints").glob("step-*/manifest.json"))
     assert not list((run / "checkpoints").glob(".*.partial"))
