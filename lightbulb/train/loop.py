@@ -237,6 +237,7 @@ class Trainer:
         log.info("resumed from %s (written as %s)", checkpoint.folder, state.layout)
 
     def _train_one_step(self) -> None:
+        fault_point("step", self.step + 1)
         started = time.perf_counter()
         batches = self.loader.next_step()
         factor = learning_rate_factor(self.config.schedule, self.step, self.config.train.steps)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import orjson
+import xxhash
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError, model_validator
 
 from lightbulb.config import describe
-from lightbulb.folder import explained, sync_folder
+from lightbulb.folder import explained, sync_folder, write_atomically
 from lightbulb.train.faults import fault_point
 from lightbulb.train.tensor_file import ITEM, MAX_HEADER, FileRecord, TensorFileError, hash_file, open_regular
 
@@ -81,7 +82,7 @@ class FileEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """The content of manifest.json."""
+    """The content of manifest.json, without the digest of itself."""
 
     format: Literal[2]
     step: Count
@@ -195,12 +196,20 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     values = _read_json(path)
-    if isinstance(values, dict) and values.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {values.get('format')!r:.40}, this version reads {FORMAT}")
+    if isinstance(values, dict):
+        if values.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: format {values.get('format')!r:.40}, this version reads {FORMAT}")
+        if values.pop("digest", None) != _digest(values):
+            raise CheckpointError(f"{path}: damaged: its digest is not that of its content; use an earlier checkpoint")
     manifest = _validated(path, TypeAdapter(Manifest), values)
     if manifest.step != step_of(folder):
         raise CheckpointError(f"{path}: of step {manifest.step}, in a folder named otherwise; rename the folder back")
     return manifest
+
+
+def write_manifest(folder: Path, values: dict[str, Any]) -> None:
+    """Write a manifest and its digest, which finds a changed bit as the hashes in it do for the other files."""
+    write_atomically(folder / MANIFEST, orjson.dumps(values | {"digest": _digest(values)}))
 
 
 def read_state(folder: Path) -> TrainState:
@@ -231,9 +240,25 @@ def check_files(folder: Path, manifest: Manifest, rank: int = 0, world_size: int
             yield f"{error}; use an earlier checkpoint"
 
 
+def check_complete(folder: Path, tensors: dict[str, LogicalRecord]) -> None:
+    """Every logical tensor's parts have as many values as it has.
+
+    Raises:
+        CheckpointError: naming the first that has not.
+    """
+    for name, record in tensors.items():
+        stored, wanted = sum(math.prod(part.shape) for part in record.parts), math.prod(record.shape)
+        if stored != wanted:
+            raise CheckpointError(f"{folder}: parts of {name!r} cover {stored} of {wanted} values")
+
+
 def entry(record: FileRecord) -> dict[str, Any]:
     """A file's line in the manifest."""
     return {"size": record.size, "xxh3_128": record.xxh3_128}
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def _read_json(path: Path) -> Any:

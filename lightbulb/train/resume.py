@@ -7,7 +7,7 @@ is possible at all, worth a word, or nobody's business is written in :data:`RULE
 from enum import Enum
 from typing import Any
 
-from lightbulb.config import ConfigError, build_config
+from lightbulb.config import ConfigError, build_config, flatten
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError
 from lightbulb.train.config import RunConfig
 
@@ -51,7 +51,7 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     Raises:
         CheckpointError: some changes are not allowed; all of them are named with both values.
     """
-    before, now = _flatten(_completed(checkpoint.state.config)), _flatten(config.model_dump(mode="json"))
+    before, now = flatten(_completed(checkpoint.state.config)), flatten(config.model_dump(mode="json"))
     said, refused = [], []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
@@ -86,14 +86,3 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
         return build_config(RunConfig, values).model_dump(mode="json")
     except ConfigError:
         return values  # of a version that knew other settings: they show as differences
-
-
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, list):
-        values = {str(index): item for index, item in enumerate(values)}
-    if not isinstance(values, dict):
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -31,14 +31,15 @@ from lightbulb.train.boxes import Box, owned_boxes
 from lightbulb.train.faults import fault_point
 from lightbulb.train.manifest import (
     FORMAT,
-    MANIFEST,
     STATE,
-    CheckpointError,
+    Manifest,
     TrainState,
+    check_complete,
     entry,
     hidden_name,
     remove_old,
     step_folder,
+    write_manifest,
 )
 from lightbulb.train.tensor_file import FileRecord, write_tensors
 
@@ -262,16 +263,18 @@ class _Writing(threading.Thread):
             record = self._record_of(rank)
             files |= record["files"]
             for item in record["stored"]:
-                tensors.setdefault(item["name"], {"shape": item["shape"], "parts": []})["parts"].append(item["part"])
-        _check_complete(partial, tensors)
+                tensor = tensors.setdefault(item["name"], {"shape": item["shape"], "parts": []})
+                if all(item["part"]["start"] != part["start"] for part in tensor["parts"]):  # else a replica's
+                    tensor["parts"].append(item["part"])
         state = json.dumps(asdict(self.state), indent=1).encode()
         write_atomically(partial / STATE, state)
         files[STATE] = entry(FileRecord(len(state), xxhash.xxh3_128(state).hexdigest()))
         for rank in range(self._world_size):
             (partial / _record_name(rank)).unlink()
         fault_point("save.manifest", step)
-        manifest = {"format": FORMAT, "step": step, "files": files, "tensors": tensors}
-        write_atomically(partial / MANIFEST, json.dumps(manifest))
+        manifest = Manifest.model_validate({"format": FORMAT, "step": step, "files": files, "tensors": tensors})
+        check_complete(partial, manifest.tensors)  # what no rank has written is found now, not when it is needed
+        write_manifest(partial, manifest.model_dump())
         fault_point("save.rename", step)
         with explained(final):
             if final.exists():  # not by this run: it goes on from its newest checkpoint, and sets others aside
@@ -299,16 +302,6 @@ class _Writing(threading.Thread):
                 )
             time.sleep(POLL_SECONDS)
         return orjson.loads(path.read_bytes())
-
-
-def _check_complete(partial: Path, tensors: dict[str, Any]) -> None:
-    """Every value of every tensor has been written by somebody: found here, not when it is needed."""
-    for name, record in tensors.items():
-        covered = sum(math.prod(part["shape"]) for part in record["parts"])
-        if covered != math.prod(record["shape"]):
-            raise CheckpointError(
-                f"{partial}: {covered} values of {name!r} were written, its shape is {record['shape']}"
-            )
 
 
 def _record_name(rank: int) -> str:

@@ -20,6 +20,7 @@ from lightbulb.train.manifest import (
     set_aside_newer,
     step_folder,
     sweep,
+    write_manifest,
 )
 from lightbulb.train.tensor_file import FileRecord, hash_file, write_tensors
 
@@ -45,14 +46,16 @@ def write(run, step=3):
     (folder / "state.json").write_text(json.dumps(asdict(state)))
     files = {p.name: record_of(p) for p in folder.iterdir()}
     manifest = {"format": FORMAT, "step": step, "files": files, "tensors": {"w": {"shape": [4, 6], "parts": parts}}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     return folder
 
 
 def change_manifest(folder, change):
+    """Change a manifest and its digest, as a forger would."""
     manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["digest"]
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
 
 
 @pytest.mark.parametrize("slices", [(slice(0, 4), slice(0, 6)), (slice(0, 2), slice(3, 6)), (slice(2, 3), slice(1, 2))])
@@ -60,7 +63,9 @@ def test_any_slice_of_a_logical_tensor_is_put_together_from_its_parts(tmp_path, 
     assert torch.equal(Checkpoint(write(tmp_path)).read("w", slices, (4, 6)), LOGICAL[slices])
 
 
-@pytest.mark.parametrize("name", ["model-rank0000.safetensors", "model-rank0001.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["model-rank0000.safetensors", "model-rank0001.safetensors", "state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["flip first", "flip middle", "flip last", "truncate", "empty", "delete"])
 def test_damage_to_any_file_is_found_and_named(tmp_path, name, damage):
     path = write(tmp_path) / name
@@ -94,9 +99,11 @@ def test_the_newest_intact_checkpoint_is_chosen_and_the_others_explained(tmp_pat
     assert len(problems) == 1 and "step-00000006" in problems[0]
 
 
-def test_latest_is_never_trusted(tmp_path):
+@pytest.mark.parametrize("text", ["", "\0garbage", "../../x", "/etc", "step-00000099", "step-00000003/../../.."])
+def test_latest_is_never_trusted(tmp_path, text):
     write(tmp_path, 3)
-    (tmp_path / FOLDER / "latest").write_text("../../etc")
+    write(tmp_path / "x", 9)
+    (tmp_path / FOLDER / "latest").write_text(text)
     checkpoint, _ = newest_checkpoint(tmp_path)
     assert checkpoint is not None and checkpoint.state.step == 3
 

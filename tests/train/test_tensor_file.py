@@ -15,7 +15,7 @@ TENSORS = {
     "big": torch.randn(3, 700_000),
     "one": torch.tensor([1.5]),
     "scalar": torch.tensor(2.5),
-    "a name with \"quotes\" and é": torch.randn(2, 3, 4),
+    'a name with "quotes" and é': torch.randn(2, 3, 4),
     "empty": torch.empty(0, 3),
 }
 
