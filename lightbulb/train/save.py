@@ -97,7 +97,9 @@ class Saver:
 
         def prepare() -> None:
             shutil.rmtree(partial, ignore_errors=True)
-            check_writable(partial, self.total_bytes)
+            check_writable(partial.parent, self.total_bytes)
+            with explained(partial):
+                partial.mkdir()
 
         on_rank_zero(prepare)
         boxes = list(owned_boxes(self.engine))
