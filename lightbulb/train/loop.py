@@ -242,7 +242,9 @@ class Trainer:
         batches = self.loader.next_step()
         factor = learning_rate_factor(self.config.schedule, self.step, self.config.train.steps)
         lr = self.config.optimizer.lr * factor
-        result = self.engine.train_step(batches, lr)
+        self.engine.forward_backward(batches)
+        self.saver.settle()
+        result = self.engine.update(lr)
         self.step += 1
         self.tokens += result.tokens
         seconds = time.perf_counter() - started

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,15 +20,24 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError, model_validator
 
 from lightbulb.config import describe
-from lightbulb.folder import explained, sync_folder, write_atomically
+from lightbulb.folder import explained, sync_folder
 from lightbulb.train.faults import fault_point
-from lightbulb.train.tensor_file import ITEM, MAX_HEADER, FileRecord, TensorFileError, hash_file, open_regular
+from lightbulb.train.tensor_file import (
+    ITEM,
+    MAX_HEADER,
+    FileRecord,
+    TensorFileError,
+    hash_file,
+    open_regular,
+    write_synced,
+)
 
 FORMAT = 2
 FOLDER = "checkpoints"
 MANIFEST, STATE = "manifest.json", "state.json"
 MAX_JSON_BYTES = 1 << 28
 MAX_MESSAGE = 500
+HASHING_THREADS = 2  # one reads while the other hashes
 
 _STEP = re.compile(r"step-(\d{8,12})")
 _LEFTOVER = re.compile(r"\.step-\d{8,12}\.(partial|deleting)")
@@ -209,7 +219,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
     """Write a manifest and its digest, which finds a changed bit as the hashes in it do for the other files."""
-    write_atomically(folder / MANIFEST, orjson.dumps(values | {"digest": _digest(values)}))
+    with explained(folder / MANIFEST):
+        write_synced(folder / MANIFEST, orjson.dumps(values | {"digest": _digest(values)}))
 
 
 def read_state(folder: Path) -> TrainState:
@@ -230,14 +241,19 @@ def check_files(folder: Path, manifest: Manifest, rank: int = 0, world_size: int
 
     With several ranks each checks its share of the files.
     """
-    for name in sorted(manifest.files)[rank::world_size]:
+
+    def check(name: str) -> str | None:
         entry = manifest.files[name]
         try:
             found = hash_file(folder / name, entry.size)
             if found != entry.xxh3_128:
                 raise TensorFileError(f"{folder / name}: damaged: its hash is not the one that was written")
         except TensorFileError as error:
-            yield f"{error}; use an earlier checkpoint"
+            return f"{error}; use an earlier checkpoint"
+        return None
+
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        yield from filter(None, pool.map(check, sorted(manifest.files)[rank::world_size]))
 
 
 def check_complete(folder: Path, tensors: dict[str, LogicalRecord]) -> None:

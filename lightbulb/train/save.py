@@ -1,10 +1,11 @@
 """Writing checkpoints: whole or not at all, while training goes on.
 
-A save has three parts. The *snapshot* copies what this rank owns to memory of its own; training waits for that alone.
-A thread then *writes* the files into a hidden folder, each hashed on its way to the disk, and last a small record of
-them. On rank 0 the thread waits for every rank's record and *publishes*: manifest, final name, ``latest``, removal of
-old checkpoints. Nothing in the threads communicates except through the folder, so a checkpoint in flight survives an
-error anywhere in training. Ranks ask each other for the outcome at step boundaries, and only while a save is in flight.
+A save has three parts, all in a thread. The *snapshot* copies what this rank owns to memory of its own: the next
+forward and backward need not wait for it, only the next update must (:meth:`Saver.settle`). Then the thread *writes*
+the files into a hidden folder, each hashed on its way to the disk, and last a small record of them. On rank 0 it waits
+for every rank's record and *publishes*: manifest, final name, ``latest``, removal of old checkpoints. The threads
+communicate through the folder alone, so a checkpoint in flight survives an error anywhere in training. Ranks ask each
+other for the outcome at step boundaries, and only while a save is in flight.
 """
 
 import json
@@ -41,7 +42,7 @@ from lightbulb.train.manifest import (
     step_folder,
     write_manifest,
 )
-from lightbulb.train.tensor_file import FileRecord, write_tensors
+from lightbulb.train.tensor_file import FileRecord, write_synced, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -102,13 +103,17 @@ class Saver:
                 partial.mkdir()
 
         on_rank_zero(prepare)
-        boxes = list(owned_boxes(self.engine))
-        if self.background:
-            boxes = self._snapshot(boxes)
-        self._writing = _Writing(self, state, partial, boxes, before)
+        self._writing = _Writing(self, state, partial, before)
         self.blocked_seconds += time.perf_counter() - started
         if not self.background:
             self.wait()
+
+    def settle(self) -> None:
+        """Wait until the state that is being saved has been copied: call it before every update. No collective."""
+        if self._writing is not None and not self._writing.has_copied.is_set():
+            started = time.perf_counter()
+            self._writing.has_copied.wait()
+            self.blocked_seconds += time.perf_counter() - started
 
     def poll(self) -> None:
         """At a step boundary: notice that a save in flight has ended. Costs nothing when none is.
@@ -167,18 +172,19 @@ class Saver:
             thread.state.step, self.total_bytes / 1e6, thread.seconds, self.blocked_seconds,
         )  # fmt: skip
 
-    def _snapshot(self, boxes: list[Box]) -> list[Box]:
+    def snapshot(self, boxes: list[Box]) -> list[Box]:
         """The boxes with values of their own, in one buffer that is kept for the next save."""
         total = sum(box.values.numel() for box in boxes)
+        on_cuda = self.engine.device.type == "cuda"
         if self._buffer is None or self._buffer.numel() < total:
-            self._buffer = torch.empty(total, pin_memory=self.engine.device.type == "cuda")
+            self._buffer = torch.empty(total, pin_memory=on_cuda)
         copies, start = [], 0
         for box in boxes:
             target = self._buffer[start : start + box.values.numel()].view(box.values.shape)
             target.copy_(box.values, non_blocking=True)
             copies.append(Box(box.kind, box.name, box.shape, box.start, target))
             start += box.values.numel()
-        if self.engine.device.type == "cuda":
+        if on_cuda:
             torch.cuda.synchronize(self.engine.device)
         return copies
 
@@ -192,20 +198,20 @@ class _Writing(threading.Thread):
 
     Attributes:
         error: what stopped it.
+        has_copied: the training state may change.
         has_written: this rank's files and record are on disk.
         seconds: from the start to the end.
     """
 
-    def __init__(
-        self, saver: Saver, state: TrainState, partial: Path, boxes: list[Box], before: Callable[[], None] | None
-    ):
+    def __init__(self, saver: Saver, state: TrainState, partial: Path, before: Callable[[], None] | None):
         super().__init__(name=f"save-{state.step}", daemon=True)
         self.state, self.partial = state, partial
         self.error: Exception | None = None
-        self.has_written = False
+        self.has_copied, self.has_written = threading.Event(), False
         self.seconds = 0.0
         self._run, self._keep, self._rank, self._world_size = saver.run, saver.keep, saver._rank, saver._world_size
-        self._boxes, self._before = boxes, before
+        self._boxes, self._before = list(owned_boxes(saver.engine)), before
+        self._snapshot = saver.snapshot if saver.background else None
         self._deadline, self._is_lost = math.inf, False
         self.start()
 
@@ -221,6 +227,9 @@ class _Writing(threading.Thread):
     def run(self) -> None:
         started = time.perf_counter()
         try:
+            if self._snapshot is not None:
+                self._boxes = self._snapshot(self._boxes)
+                self.has_copied.set()
             self._write()
             if self._rank == 0:
                 self._publish()
@@ -228,7 +237,8 @@ class _Writing(threading.Thread):
             pass  # that rank has the error
         except Exception as error:  # raised in the main threads of all ranks at the next step boundary
             self.error = error
-        self._boxes = []  # the tensors of a save that was not a background one belong to the model
+        self.has_copied.set()
+        self._boxes = []
         self.seconds = time.perf_counter() - started
 
     def _write(self) -> None:
@@ -250,8 +260,10 @@ class _Writing(threading.Thread):
             files[file] = entry(write_tensors(self.partial / file, keyed))
         if self._before is not None:
             self._before()
-        record = {"files": files, "stored": stored}
-        write_atomically(self.partial / _record_name(self._rank), json.dumps(record))
+        record = self.partial / _record_name(self._rank)  # read by rank 0 only: it need not be on disk
+        with explained(record):
+            record.with_suffix(".tmp").write_bytes(orjson.dumps({"files": files, "stored": stored}))
+            record.with_suffix(".tmp").rename(record)
         self.has_written = True
         fault_point("save.written", self.state.step)
 
@@ -269,7 +281,8 @@ class _Writing(threading.Thread):
                 if all(item["part"]["start"] != part["start"] for part in tensor["parts"]):  # else a replica's
                     tensor["parts"].append(item["part"])
         state = json.dumps(asdict(self.state), indent=1).encode()
-        write_atomically(partial / STATE, state)
+        with explained(partial):
+            write_synced(partial / STATE, state)
         files[STATE] = entry(FileRecord(len(state), xxhash.xxh3_128(state).hexdigest()))
         for rank in range(self._world_size):
             (partial / _record_name(rank)).unlink()
@@ -281,6 +294,7 @@ class _Writing(threading.Thread):
         with explained(final):
             if final.exists():  # not by this run: it goes on from its newest checkpoint, and sets others aside
                 final.rename(hidden_name(final, "deleting"))
+            sync_folder(partial)
             partial.rename(final)
             sync_folder(final.parent)
         fault_point("save.latest", step)
