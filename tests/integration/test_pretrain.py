@@ -1,105 +1,7 @@
 """The pretrain command as users run it: interrupted, resumed, on other layouts, with bad input."""
 
-import json
-import random
-import resource
-import signal
-import time
-from pathlib import Path
-
 import pytest
-import yaml
-
-STEPS = 12
-
-
-@pytest.fixture
-def run_file(tmp_path, corpus):
-    """Write a run file; returns a function of (name, changes) giving its path."""
-
-    def write(name="run", **changes):
-        config = {
-            "run": str(tmp_path / name),
-            "model": {
-                "vocab_size": 512, "dim": 32, "num_layers": 2, "context_length": 32,
-                "block_pattern": [{
-                    "token": {"type": "attention", "num_heads": 4, "num_kv_heads": 2, "qk_norm": True},
-                    "channel": {"type": "switch", "num_experts": 4, "hidden_dim": 32},
-                }],
-            },
-            "data": {"path": str(corpus)},
-            "optimizer": {"lr": 5.0e-3},
-            "train": {
-                "steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32",
-                "save_every": 3, "eval_every": 5, "eval_contexts": 8,
-            },
-        } | changes  # fmt: skip
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return path
-
-    return write
-
-
-def losses(run: Path) -> dict[int, float]:
-    """Loss of every step in the run's metrics, each step exactly once."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
-    assert len(steps) == len(dict(steps)), "a step was written twice"
-    return dict(steps)
-
-
-def wait_for(condition, seconds=60.0):
-    """Poll until the condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
-
-
-def reached(run: Path, step: int) -> bool:
-    path = run / "metrics.jsonl"
-    return path.exists() and f'"step":{step},' in path.read_text()
-
-
-def final_hashes(run: Path) -> dict[str, str]:
-    manifest = json.loads((run / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").read_text())
-    return {name: entry["xxh3_128"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
-
-
-def test_killed_runs_resume_bit_for_bit(start, run_file, tmp_path):
-    reference = start("pretrain", [str(run_file("reference"))], world_size=2)
-    assert reference.wait() == 0, reference.text()
-    expected = losses(tmp_path / "reference")
-    assert sorted(expected) == list(range(1, STEPS + 1))
-    for seed in range(3):
-        run, during_save = tmp_path / f"killed-{seed}", seed == 0
-        path = run_file(run.name)
-        step = random.Random(seed).randint(4, STEPS - 2)
-        environment = {"LIGHTBULB_FAULT": "sleep:point=save:seconds=1"} if during_save else {}
-        command = start("pretrain", [str(path)], world_size=2, **environment)
-        if during_save:
-            wait_for(lambda run=run: (run / "checkpoints" / ".step-00000006.partial").exists())
-        else:
-            wait_for(lambda run=run, step=step: reached(run, step))
-        command.kill()
-        resumed = start("pretrain", [str(path)], world_size=2)
-        assert resumed.wait() == 0, resumed.text()
-        assert "resumed from" in resumed.text()
-        assert losses(run) == expected
-        assert final_hashes(run) == final_hashes(tmp_path / "reference")
-        assert not list((run / "checkpoints").glob(".*.partial"))
-
-
-def test_a_signal_to_one_rank_saves_and_stops_all(start, run_file, tmp_path):
-    path = run_file("stopped", train=yaml.safe_load(run_file().read_text())["train"] | {"steps": 400, "save_every": 0})
-    command = start("pretrain", [str(path)], world_size=2)
-    wait_for(lambda: reached(tmp_path / "stopped", 3))
-    command.processes[1]._popen._send_signal(signal.SIGTERM)
-    assert command.wait(30) == 0, command.text()
-    assert "stopped at step" in command.text()
-    last = max(losses(tmp_path / "stopped"))
-    assert (tmp_path / "stopped" / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
+from runs import STEPS, losses
 
 
 def test_resuming_on_other_layouts_continues_the_same_losses(start, run_file, tmp_path):
@@ -114,40 +16,6 @@ def test_resuming_on_other_layouts_continues_the_same_losses(start, run_file, tm
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "moved")
     assert sorted(found) == sorted(expected)
     assert max(abs(found[step] - expected[step]) for step in expected) < 1e-5
-
-
-def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_is_missing(start, run_file, tmp_path):
-    train = yaml.safe_load(run_file().read_text())["train"] | {"steps": 400}
-    run = tmp_path / "full"
-    command = start("pretrain", [str(run_file("full", train=train))], world_size=2)
-    wait_for(lambda: (run / "checkpoints" / "latest").exists())
-    for process in command.processes:  # like a disk quota: larger files than this cannot be written any more
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    assert command.wait(60) == 1, command.text()
-    assert "cannot be written" in command.text()
-    assert "Traceback" not in command.text()
-    assert list((run / "checkpoints").glob("step-*/manifest.json"))
-    assert not list((run / "checkpoints").glob(".*.partial"))
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, run_file, tmp_path):
-    path = run_file("damaged")
-    assert start("pretrain", [str(path)]).wait() == 0
-    expected = losses(tmp_path / "damaged")
-    newest = tmp_path / "damaged" / "checkpoints" / f"step-{STEPS:08d}" / "model-rank0000.safetensors"
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
-    command = start("pretrain", [str(path)])
-    assert command.wait() == 0, command.text()
-    assert f"{newest}: damaged" in command.text()
-    assert "step-00000009" in command.text()
-    assert losses(tmp_path / "damaged") == expected
-    for manifest in (tmp_path / "damaged" / "checkpoints").glob("step-*/manifest.json"):
-        manifest.write_text("{}")
-    command = start("pretrain", [str(path)])
-    assert command.wait() == 1
-    assert "no checkpoint is intact" in command.text()
 
 
 @pytest.mark.parametrize(
@@ -173,26 +41,6 @@ def test_bad_input_is_one_clear_sentence(start, run_file, overrides, world_size,
     assert "Traceback" not in command.text()
     for word in words:
         assert word in command.text()
-
-
-def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(start, run_file, tmp_path):
-    train = yaml.safe_load(run_file().read_text())["train"] | {"steps": 400}
-    path = run_file("busy", train=train)
-    first = start("pretrain", [str(path)])
-    wait_for(lambda: reached(tmp_path / "busy", 1))
-    second = start("pretrain", [str(path)])
-    assert second.wait(30) == 1
-    assert "in use by" in second.text()
-    first.kill()
-
-
-def test_a_checkpoint_of_another_model_is_refused_with_both_values(start, run_file, tmp_path):
-    path = run_file("other")
-    assert start("pretrain", [str(path), "train.steps=3"]).wait() == 0
-    command = start("pretrain", [str(path), "model.dim=64"])
-    assert command.wait() == 1
-    assert "model.dim = 32" in command.text()
-    assert "64" in command.text()
 
 
 def test_a_run_folder_on_a_full_disk_says_so_before_training(start, run_file):
