@@ -54,3 +54,14 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "a file stands where a folder is needed" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, "--ranks", "0")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_eight_ranks_prove_every_choice_of_degrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs/debug/proof.yaml")
+    assert prove.main([config, "--ranks", "8", "--output", str(tmp_path)]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["layouts"] == 77 and line["skipped"] == 0
+    assert line["worst_loss_diff"] <= 1e-5
+    assert line["worst_grad_rel_diff"] <= 1e-4 and line["worst_moment_rel_diff"] <= 1e-4
