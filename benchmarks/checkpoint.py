@@ -129,17 +129,26 @@ class Bench:
         saver = self.background
         return {"blocked": saver.blocked_seconds, "background": saver.written_seconds, "overhead": during - alone}
 
-    def round(self) -> dict[str, float]:
-        """Every contender once; seconds of each."""
-        times = {
-            "torch_save": timed(self.save_torch),
-            "save": timed(lambda: self.save(self.foreground)),
-            "copy_sync": timed(lambda: self.copy(sync=True)),
+    def round(self, number: int) -> dict[str, float]:
+        """Every contender once, each round in another order; seconds of each."""
+        saves: dict[str, Callable[[], object]] = {
+            "torch_save": self.save_torch,
+            "save": lambda: self.save(self.foreground),
+            "copy_sync": lambda: self.copy(sync=True),
         }
-        times["load"] = timed(self.load)
-        times["torch_load"] = timed(self.load_torch)
-        (self.folder / "copy.pt").unlink()
-        times["copy"] = timed(lambda: self.copy(sync=False))
+        loads: dict[str, Callable[[], object]] = {
+            "load": self.load,
+            "torch_load": self.load_torch,
+            "copy": lambda: self.copy(sync=False),
+        }
+        times = {}
+        for contenders in (saves, loads):
+            names = list(contenders)
+            for name in names[number % 3 :] + names[: number % 3]:
+                if name == "copy":
+                    (self.folder / "copy.pt").unlink()
+                os.sync()  # nothing that others left to write
+                times[name] = timed(contenders[name])
         return times | self.save_while_training()
 
 
@@ -154,8 +163,8 @@ def measure(engine: Engine, parent: Path, rounds: int) -> dict[str, Any]:
     """Median ratios and rates of one place."""
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=parent) as folder:
         bench = Bench(engine, Path(folder))
-        bench.round()  # warms up: buffers, page cache
-        found = [bench.round() for _ in range(rounds)]
+        bench.round(0)  # warms up: buffers, page cache
+        found = [bench.round(number) for number in range(rounds)]
 
     def ratio(above: str, below: str) -> float:
         return round(statistics.median(times[above] / times[below] for times in found), 3)
@@ -181,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Checkpoints against torch.save, torch.load and a plain copy.")
     parser.add_argument("--folder", type=Path, default=Path("."), help="a folder on the disk to measure (default .)")
     parser.add_argument("--layers", type=int, default=3, help="size of the model, 14 M parameters each (default 3)")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     tune_allocator()
