@@ -14,6 +14,8 @@ ever unpickled, no link is followed, and no size found in a file is allocated.
     checkpoints/latest                                        name of the newest, for people and scripts; never read
 """
 
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,12 +34,13 @@ from lightbulb.train.config import RunConfig
 from lightbulb.train.manifest import (
     CheckpointError,
     Part,
+    TrainState,
     check_files,
     complete_checkpoints,
     read_manifest,
     read_state,
 )
-from lightbulb.train.tensor_file import TensorFile, TensorFileError
+from lightbulb.train.tensor_file import TensorFile, TensorFileError, hash_file
 
 __all__ = ["Checkpoint", "CheckpointError", "load_into", "load_model_for_inference", "newest_checkpoint"]
 
@@ -47,7 +50,7 @@ class Checkpoint:
 
     Args:
         folder: the checkpoint.
-        verify: compare every file with its hash first; leave it out only when somebody just did.
+        verify: compare every file with its hash first; leave it out only when :meth:`problems` is asked.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered, or the manifest is not one of ours.
@@ -56,11 +59,20 @@ class Checkpoint:
     def __init__(self, folder: Path, verify: bool = True):
         self.folder = folder
         self.manifest = read_manifest(folder)
-        if verify:
-            for problem in check_files(folder, self.manifest):
-                raise CheckpointError(problem)
-        self.state = read_state(folder)
         self._open: dict[str, TensorFile] = {}
+        if verify:
+            for problem in self.problems():
+                raise CheckpointError(problem)
+
+    @cached_property
+    def state(self) -> TrainState:
+        """Everything besides tensors."""
+        return read_state(self.folder)
+
+    def problems(self, rank: int = 0, world_size: int = 1) -> Iterator[str]:
+        """What is wrong with this rank's share of the files."""
+        yield from check_files(self.folder, self.manifest, rank, world_size, self._hash)
+        _ = self.state  # checked as well, behind its hash
 
     def read(self, name: str, slices: tuple[slice, ...], shape: tuple[int, ...]) -> Tensor:
         """The part of a logical tensor that the slices select; it may be a view of a file.
@@ -109,11 +121,17 @@ class Checkpoint:
     def _values(self, part: Part, box: tuple[slice, ...]) -> Tensor:
         """What a part holds of a box of the logical tensor."""
         try:
-            if part.file not in self._open:
-                self._open[part.file] = TensorFile(self.folder / part.file)
-            return self._open[part.file].read(part.key, part.shape)[_relative(box, part.start)]
+            return self._file(part.file).read(part.key, part.shape)[_relative(box, part.start)]
         except TensorFileError as error:
             raise CheckpointError(f"{error}; use an earlier checkpoint") from None
+
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._open:
+            self._open[name] = TensorFile(self.folder / name)
+        return self._open[name]
+
+    def _hash(self, path: Path, size: int) -> str:
+        return self._file(path.name).hash(size) if path.suffix == ".safetensors" else hash_file(path, size)
 
 
 def newest_checkpoint(run: Path, together: bool = False) -> tuple[Checkpoint | None, list[str]]:
@@ -141,8 +159,8 @@ def _problems_here(folder: Path, together: bool) -> tuple[list[str], Checkpoint 
     """What this rank finds wrong with a checkpoint, and the checkpoint if it could be opened."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     try:
-        found = list(check_files(folder, read_manifest(folder), rank, size))
-        return found, None if found else Checkpoint(folder, verify=False)
+        checkpoint = Checkpoint(folder, verify=False)
+        return list(checkpoint.problems(rank, size)), checkpoint
     except CheckpointError as error:
         return [str(error)], None
 

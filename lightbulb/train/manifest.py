@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,7 +236,13 @@ def read_state(folder: Path) -> TrainState:
     return state
 
 
-def check_files(folder: Path, manifest: Manifest, rank: int = 0, world_size: int = 1) -> Iterator[str]:
+def check_files(
+    folder: Path,
+    manifest: Manifest,
+    rank: int = 0,
+    world_size: int = 1,
+    hash_of: Callable[[Path, int], str] = hash_file,
+) -> Iterator[str]:
     """Compare files with their sizes and hashes; what is wrong with each that is damaged.
 
     With several ranks each checks its share of the files.
@@ -245,7 +251,7 @@ def check_files(folder: Path, manifest: Manifest, rank: int = 0, world_size: int
     def check(name: str) -> str | None:
         entry = manifest.files[name]
         try:
-            found = hash_file(folder / name, entry.size)
+            found = hash_of(folder / name, entry.size)
             if found != entry.xxh3_128:
                 raise TensorFileError(f"{folder / name}: damaged: its hash is not the one that was written")
         except TensorFileError as error:

@@ -9,9 +9,11 @@ outside the file or allocate more than the caller asked for.
 import ctypes
 import json
 import math
+import mmap
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +26,7 @@ from torch import Tensor
 from lightbulb.folder import explained
 
 CHUNK = 1 << 22  # stays in the cache between hash and write, and is large enough to leave Python's lock alone
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap does not name it
 WRITEBACK = 1 << 24  # bytes after which the disk is told to begin
 MAX_HEADER = 100_000_000  # as in the safetensors library
 ITEM = 4  # bytes of a float32
@@ -108,22 +111,35 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 class TensorFile:
-    """A file of float32 tensors mapped into memory; check its hash first (:func:`hash_file`).
+    """A file of float32 tensors mapped into memory; check its hash before reading.
 
     Raises:
-        TensorFileError: not a safetensors file of float32 tensors.
+        TensorFileError: missing, empty, or no plain file.
     """
 
     def __init__(self, path: Path):
         self.path = path
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise TensorFileError(f"{path}: damaged: no safetensors header")
-            self._entries = self._parse(file.read(length))
+            if size == 0:
+                raise TensorFileError(f"{path}: damaged: it is empty")
             # Private pages: nobody's write through a tensor reaches the file.
-            self._data = np.memmap(file, dtype=np.uint8, mode="c", offset=0, shape=(size,))[8 + length :]
+            self._map = mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def hash(self, size: int) -> str:
+        """As :func:`hash_file`, but the pages stay mapped for reading, which then costs no second look at them."""
+        if size != len(self._map):
+            raise TensorFileError(f"{self.path}: damaged: {len(self._map)} bytes, {size} were written")
+        digest, view = xxhash.xxh3_128(), memoryview(self._map)
+        try:
+            for start in range(0, size, CHUNK):
+                piece = view[start : start + CHUNK]
+                # A page that the disk cannot read is an error here; touched without asking, it would be a signal.
+                self._map.madvise(_MADV_POPULATE_READ, start, len(piece))
+                digest.update(piece)
+        except OSError:  # Linux before 5.14, or a page that cannot be read: plain reads tell
+            return hash_file(self.path, size)
+        return digest.hexdigest()
 
     def read(self, name: str, shape: Sequence[int]) -> Tensor:
         """A tensor of a known shape, as a view of the file.
@@ -135,19 +151,31 @@ class TensorFile:
         entry = self._entries.get(name)
         if isinstance(entry, dict) and (entry.get("dtype"), entry.get("shape")) == ("F32", list(shape)):
             match entry.get("data_offsets"):
-                case [int(start), int(stop)] if 0 <= start <= stop <= len(self._data) and stop - start == size:
-                    values = self._data[start:stop].view(np.float32)
+                case [int(start), int(stop)] if 0 <= start <= stop <= len(self._values) and stop - start == size:
+                    values = self._values[start:stop].view(np.float32)
                     return torch.from_numpy(values).view(tuple(shape)) if size else torch.empty(tuple(shape))
         raise TensorFileError(f"{self.path}: damaged: no float32 tensor {name!r} of shape {list(shape)} in it")
 
-    def _parse(self, header: bytes) -> dict[str, Any]:
+    @cached_property
+    def _header_length(self) -> int:
+        length = int.from_bytes(self._map[:8], "little")
+        if not 2 <= length <= min(MAX_HEADER, len(self._map) - 8):
+            raise TensorFileError(f"{self.path}: damaged: no safetensors header")
+        return length
+
+    @cached_property
+    def _entries(self) -> dict[str, Any]:
         try:
-            entries = orjson.loads(header)
+            entries = orjson.loads(self._map[8 : 8 + self._header_length])
         except ValueError as error:
             raise TensorFileError(f"{self.path}: damaged: its header is no JSON ({error})") from None
         if not isinstance(entries, dict):
             raise TensorFileError(f"{self.path}: damaged: its header is no table of tensors")
         return entries
+
+    @cached_property
+    def _values(self) -> np.ndarray:
+        return np.frombuffer(self._map, dtype=np.uint8)[8 + self._header_length :]
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
