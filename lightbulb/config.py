@@ -212,3 +212,15 @@ def _merge(below: Any, above: Any) -> Any:
     for key, value in above.items():
         merged[key] = _merge(below[key], value) if key in below else value
     return merged
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as ``{"a.b.0": value}``."""
+    if isinstance(values, list):
+        values = {str(index): item for index, item in enumerate(values)}
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

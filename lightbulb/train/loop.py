@@ -18,13 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lightbulb.config import save_config
+from lightbulb.config import flatten, save_config
 from lightbulb.data.loader import IGNORED_LABEL, Batch, HeldOut, TrainLoader
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.folder import check_writable, claim
 from lightbulb.parallel.collective import on_rank_zero
 from lightbulb.parallel.engine import Engine, StepResult
 from lightbulb.parallel.host import Precision, pick_precision
+from lightbulb.train.agreement import check_same_on_all_ranks
 from lightbulb.train.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -35,10 +36,12 @@ from lightbulb.train.checkpoint import (
     sweep_partial,
 )
 from lightbulb.train.config import RunConfig
-from lightbulb.train.faults import StopSignal
-from lightbulb.train.metrics import MetricsWriter
+from lightbulb.train.faults import StopSignal, fault_point, poisoned
+from lightbulb.train.metrics import FILE_NAME, MetricsWriter, read_metrics
 from lightbulb.train.schedule import learning_rate_factor
+from lightbulb.train.spikes import WINDOW, SpikeRule
 from lightbulb.train.throughput import Speedometer, memory_gib, peak_flops
+from lightbulb.train.watchdog import Watchdog, sweep
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class Trainer:
         self._cleanup = ExitStack()
         try:
             on_rank_zero(self._claim)
+            self._watchdog = self._cleanup.enter_context(Watchdog(self.folder, config.train.hang_seconds))
             found = on_rank_zero(lambda: self._find_checkpoint(config))
             checkpoint = Checkpoint(Path(found), verify=False) if found else None
             self.config = self._settle(config, checkpoint)
@@ -91,12 +95,14 @@ class Trainer:
         train = self.config.train
         with StopSignal(self.device) as stop:
             while self.step < train.steps:
-                self._train_one_step()
+                with self._watchdog.section("step", self.step + 1):
+                    self._train_one_step()
                 if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
                     self.evaluate(train.eval_contexts)
                 stopping = stop.requested()
                 if self.step == train.steps or stopping or (train.save_every and self.step % train.save_every == 0):
-                    self.save()
+                    with self._watchdog.section("save", self.step):
+                        self.save()
                 if stopping and self.step < train.steps:
                     return False
         return True
@@ -114,7 +120,9 @@ class Trainer:
         )  # fmt: skip
         nats, tokens, text_bytes = 0.0, 0, 0
         for batch in held_out:
-            batch_nats, batch_tokens = self.engine.evaluate([batch])
+            with self._watchdog.section("evaluate", self.step):
+                fault_point("evaluate", self.step)
+                batch_nats, batch_tokens = self.engine.evaluate([batch])
             nats, tokens = nats + batch_nats, tokens + batch_tokens
             text_bytes += self._bytes_predicted([batch])
         text_bytes = self._sum_over_data(text_bytes)
@@ -159,6 +167,7 @@ class Trainer:
         self._cleanup.enter_context(claim(self.folder))
         check_writable(self.folder)
         sweep_partial(self.folder)
+        sweep(self.folder)
 
     def _find_checkpoint(self, config: RunConfig) -> str | None:
         checkpoint, problems = newest_checkpoint(self.folder)
@@ -202,12 +211,21 @@ class Trainer:
         self.metrics = MetricsWriter(self.folder, train.steps, self.is_main, train.log_every)
         self._cleanup.callback(self.metrics.close)
         self._speed = Speedometer()
+        self._spikes = SpikeRule(train.spike_sigma)
         if self.is_main:
             save_config(config, self.folder / "config.yaml")
             shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
         if checkpoint is not None:
             self._resume(checkpoint)
         self.metrics.rewind(self.step)
+        self._spikes.restore(on_rank_zero(self._last_steps))
+
+    def _last_steps(self) -> list[tuple[float | None, float | None]]:
+        """Loss and gradient norm of the steps the spike rule looks at, from the metrics of the run so far."""
+        if not (self.folder / FILE_NAME).is_file():
+            return []
+        steps = [record for record in read_metrics(self.folder) if record["kind"] == "train"]
+        return [(record["loss"], record["grad_norm"]) for record in steps[-WINDOW:]]
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
@@ -217,11 +235,15 @@ class Trainer:
         log.info("resumed from %s (written as %s)", checkpoint.folder, state.layout)
 
     def _train_one_step(self) -> None:
+        fault_point("step", self.step + 1)
         started = time.perf_counter()
         batches = self.loader.next_step()
         factor = learning_rate_factor(self.config.schedule, self.step, self.config.train.steps)
         lr = self.config.optimizer.lr * factor
-        result = self.engine.train_step(batches, lr)
+        limits = self._spikes.limits()
+        with poisoned(self.engine.model, self.step + 1):
+            result = self.engine.train_step(batches, lr, *limits)
+        self._spikes.add(result.loss, result.grad_norm)
         self.step += 1
         self.tokens += result.tokens
         seconds = time.perf_counter() - started
@@ -238,13 +260,16 @@ class Trainer:
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         stop = self.loader.samples_consumed
+        spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         log.warning(
-            "step %d skipped on all ranks: loss %s, gradient norm %s (samples %d to %d)",
-            self.step, result.loss, result.grad_norm, stop - self.config.train.global_batch_size, stop - 1,
+            "step %d skipped on all ranks, %s: loss %s, gradient norm %s (samples %d to %d)",
+            self.step, f"a spike over {self.config.train.spike_sigma:g} sigma" if spike else "not finite",
+            result.loss, result.grad_norm, stop - self.config.train.global_batch_size, stop - 1,
         )  # fmt: skip
         if self._skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise TrainingError(
-                f"{self._skipped_in_a_row} steps in a row had non-finite gradients; the last checkpoint is intact: "
+                f"{self._skipped_in_a_row} steps in a row were skipped for "
+                f"{'spikes' if spike else 'non-finite gradients'}; the last checkpoint is intact: "
                 f"lower optimizer.lr ({self.config.optimizer.lr}) or look at the samples named above"
             )
 
@@ -290,14 +315,15 @@ class Trainer:
 
 @contextmanager
 def open_trainer(config: RunConfig, device: torch.device) -> Iterator[Trainer]:
-    """A trainer for the ranks that were started."""
+    """A trainer for the ranks that were started, all with the same config, code and packages."""
+    check_same_on_all_ranks(config)
     with Trainer(config.resolve(dist.get_world_size()), device) as trainer:
         yield trainer
 
 
 def _check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
     """Compare with the config the checkpoint was trained with: some fields must match, other changes are said."""
-    before, now = _flatten(checkpoint.state.config), _flatten(config.model_dump(mode="json"))
+    before, now = flatten(checkpoint.state.config), flatten(config.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old == new or (key == "train.precision" and new == "auto") or key.startswith("parallel."):
@@ -308,14 +334,3 @@ def _check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
                 "config.yaml, or another run folder for the changed one"
             )
         log.warning("resuming with a changed setting: %s was %s, is now %s", key, old, new)
-
-
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, list):
-        values = {str(index): item for index, item in enumerate(values)}
-    if not isinstance(values, dict):
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
