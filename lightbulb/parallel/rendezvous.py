@@ -108,8 +108,8 @@ def read_place(environment: MutableMapping[str, str] = os.environ) -> Place | No
     if "RANK" not in environment:
         if environment.get("WORLD_SIZE", "1") != "1":
             raise LaunchError(
-                f"WORLD_SIZE is {environment['WORLD_SIZE']} but RANK is not set; start ranks with deepspeed, torchrun or "
-                "srun, or unset WORLD_SIZE to train with one process"
+                f"WORLD_SIZE is {environment['WORLD_SIZE']} but RANK is not set; start ranks with deepspeed, torchrun "
+                "or srun, or unset WORLD_SIZE to train with one process"
             )
         return None
     rank, world_size = _number(environment, "RANK", 0), _number(environment, "WORLD_SIZE", 1)
