@@ -9,6 +9,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch: test shapes are tiny and the ranks share cores
 
 from processes import Command  # noqa: E402
+from runs import write_run_file  # noqa: E402
 
 
 @pytest.fixture
@@ -43,3 +44,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = Command("preprocess", [str(config)], 1, {}, root / "output.txt")
     assert command.wait() == 0, command.text()
     return root / "data"
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, corpus: Path) -> Callable[..., Path]:
+    """Write a run file: ``run_file("name", optimizer={...})`` gives its path; the run goes to ``tmp_path/name``."""
+    return lambda name="run", **changes: write_run_file(tmp_path, corpus, name, **changes)

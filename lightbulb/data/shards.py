@@ -95,9 +95,24 @@ class Shards:
         Raises:
             DataError: a shard's content differs from what was written.
         """
-        for file in self._files:
-            self._check_hash(file)
+        for problem in self.problems():
+            raise DataError(problem)
         self._verified = [True] * len(self._files)
+
+    def problems(self) -> list[str]:
+        """What is wrong with each shard whose content differs from what was written."""
+        found = []
+        for file in self._files:
+            try:
+                self._check_hash(file)
+            except DataError as error:
+                found.append(str(error))
+        return found
+
+    @property
+    def num_shards(self) -> int:
+        """Files."""
+        return len(self._files)
 
     def _check_present(self, file: ShardFile) -> None:
         path = self.folder / file.basename

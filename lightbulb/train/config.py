@@ -35,6 +35,8 @@ class TrainConfig(Config):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints to keep."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy of the state in host memory."""
     max_skipped_steps: int = Field(20, ge=1)
     """Consecutive skipped steps (gradients not finite, or spikes) after which the run stops."""
     spike_sigma: float = Field(6.0, ge=0)

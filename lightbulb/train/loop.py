@@ -18,34 +18,29 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lightbulb.config import flatten, save_config
+from lightbulb.config import save_config
+from lightbulb.data.config import DataError
 from lightbulb.data.loader import IGNORED_LABEL, Batch, HeldOut, TrainLoader
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.folder import check_writable, claim
-from lightbulb.parallel.collective import on_rank_zero
+from lightbulb.parallel.collective import agree, on_rank_zero
 from lightbulb.parallel.engine import Engine, StepResult
 from lightbulb.parallel.host import Precision, pick_precision
 from lightbulb.train.agreement import check_same_on_all_ranks
-from lightbulb.train.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    TrainState,
-    load_into,
-    newest_checkpoint,
-    save_checkpoint,
-    sweep_partial,
-)
+from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into, newest_checkpoint
 from lightbulb.train.config import RunConfig
 from lightbulb.train.faults import StopSignal, fault_point, poisoned
+from lightbulb.train.ledger import Ledger, rewind_ledger
+from lightbulb.train.manifest import TrainState, set_aside_newer, sweep
 from lightbulb.train.metrics import FILE_NAME, MetricsWriter, read_metrics
+from lightbulb.train.resume import check_resumable
+from lightbulb.train.save import Saver
 from lightbulb.train.schedule import learning_rate_factor
 from lightbulb.train.spikes import WINDOW, SpikeRule
 from lightbulb.train.throughput import Speedometer, memory_gib, peak_flops
-from lightbulb.train.watchdog import Watchdog, sweep
+from lightbulb.train.watchdog import Watchdog, sweep_heartbeats
 
 log = logging.getLogger(__name__)
-
-_MUST_MATCH = ("model", "seed", "train.global_batch_size", "train.precision", "optimizer.beta1", "optimizer.beta2")
 
 
 class TrainingError(RuntimeError):
@@ -69,11 +64,12 @@ class Trainer:
         self.folder = Path(config.run).expanduser()
         self.is_main = dist.get_rank() == 0
         self._cleanup = ExitStack()
+        self._signals = self._cleanup.enter_context(ExitStack())
+        self._stop = self._signals.enter_context(StopSignal(device))
         try:
             on_rank_zero(self._claim)
             self._watchdog = self._cleanup.enter_context(Watchdog(self.folder, config.train.hang_seconds))
-            found = on_rank_zero(lambda: self._find_checkpoint(config))
-            checkpoint = Checkpoint(Path(found), verify=False) if found else None
+            checkpoint = self._find_checkpoint(config)
             self.config = self._settle(config, checkpoint)
             self._build(checkpoint)
         except BaseException:
@@ -87,28 +83,31 @@ class Trainer:
         self.close()
 
     def close(self) -> None:
-        """Close the metrics and give the run folder back."""
+        """Let a save in flight end, close the metrics and give the run folder back."""
         self._cleanup.close()
 
     def run(self) -> bool:
         """Train to the last step; False when a signal stopped the run earlier (its state is saved)."""
         train = self.config.train
-        with StopSignal(self.device) as stop:
-            while self.step < train.steps:
-                with self._watchdog.section("step", self.step + 1):
-                    self._train_one_step()
-                if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
-                    self.evaluate(train.eval_contexts)
-                stopping = stop.requested()
-                if self.step == train.steps or stopping or (train.save_every and self.step % train.save_every == 0):
-                    with self._watchdog.section("save", self.step):
-                        self.save()
-                if stopping and self.step < train.steps:
-                    return False
-        return True
+        while self.step < train.steps:
+            with self._watchdog.section("step", self.step + 1):
+                self._train_one_step()
+                self.saver.poll()
+            if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
+                self.evaluate(train.eval_contexts, self._stop)
+            stopping = self._stop.requested()
+            if self.step == train.steps or stopping or (train.save_every and self.step % train.save_every == 0):
+                with self._watchdog.section("save", self.step):
+                    self.save()
+            if stopping and self.step < train.steps:
+                break
+        with self._watchdog.section("save", self.step):
+            self.saver.wait()
+        self._signals.close()
+        return self.step == train.steps
 
-    def evaluate(self, max_contexts: int | None = None) -> dict[str, float]:
-        """Held-out loss and bits per byte, written to the metrics.
+    def evaluate(self, max_contexts: int | None = None, stop: StopSignal | None = None) -> dict[str, float]:
+        """Held-out loss and bits per byte, written to the metrics; empty when a stop cut it short.
 
         Bits per byte divides the summed bits by the bytes of the predicted tokens' text, so that it compares across
         tokenizers.
@@ -120,8 +119,10 @@ class Trainer:
         )  # fmt: skip
         nats, tokens, text_bytes = 0.0, 0, 0
         for batch in held_out:
+            if stop is not None and stop.requested():
+                return {}
             with self._watchdog.section("evaluate", self.step):
-                fault_point("evaluate", self.step)
+                fault_point("eval", self.step)
                 batch_nats, batch_tokens = self.engine.evaluate([batch])
             nats, tokens = nats + batch_nats, tokens + batch_tokens
             text_bytes += self._bytes_predicted([batch])
@@ -131,7 +132,7 @@ class Trainer:
         return result
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step, or begin to (``train.async_save``)."""
         state = TrainState(
             step=self.step,
             tokens=self.tokens,
@@ -141,7 +142,8 @@ class Trainer:
             config=self.config.model_dump(mode="json"),
             layout=self.config.parallel.label(),
         )
-        save_checkpoint(self.folder, self.engine, state, self.config.train.keep_checkpoints)
+        lines = self.ledger.take()
+        self.saver.save(state, lambda: self.ledger.write(lines))
 
     def facts(self) -> dict[str, Any]:
         """What a summary says of the run besides its results."""
@@ -166,11 +168,11 @@ class Trainer:
     def _claim(self) -> None:
         self._cleanup.enter_context(claim(self.folder))
         check_writable(self.folder)
-        sweep_partial(self.folder)
         sweep(self.folder)
+        sweep_heartbeats(self.folder)
 
-    def _find_checkpoint(self, config: RunConfig) -> str | None:
-        checkpoint, problems = newest_checkpoint(self.folder)
+    def _find_checkpoint(self, config: RunConfig) -> Checkpoint | None:
+        checkpoint, problems = newest_checkpoint(self.folder, together=True)
         for problem in problems:
             log.warning("passed over a checkpoint: %s", problem)
         if checkpoint is None:
@@ -180,8 +182,9 @@ class Trainer:
                     "folder to start anew"
                 )
             return None
-        _check_resumable(checkpoint, config)
-        return str(checkpoint.folder)
+        for change in check_resumable(checkpoint, config):
+            log.warning("resuming with a changed setting: %s", change)
+        return checkpoint
 
     def _settle(self, config: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
         """Fix the precision: the checkpoint's when resuming, the device's best when the config leaves it open."""
@@ -212,13 +215,18 @@ class Trainer:
         self._cleanup.callback(self.metrics.close)
         self._speed = Speedometer()
         self._spikes = SpikeRule(train.spike_sigma)
+        if checkpoint is not None:
+            self._resume(checkpoint)
         if self.is_main:
             save_config(config, self.folder / "config.yaml")
             shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
-        if checkpoint is not None:
-            self._resume(checkpoint)
         self.metrics.rewind(self.step)
         self._spikes.restore(on_rank_zero(self._last_steps))
+        on_rank_zero(lambda: rewind_ledger(self.folder, self.step))
+        self.ledger = Ledger(self.folder, self.engine.data_rank, self._is_first_reader())
+        self.saver = Saver(self.folder, self.engine, train.keep_checkpoints, train.async_save)
+        self._cleanup.callback(self.saver.close)
+        fault_point("start")
 
     def _last_steps(self) -> list[tuple[float | None, float | None]]:
         """Loss and gradient norm of the steps the spike rule looks at, from the metrics of the run so far."""
@@ -227,10 +235,22 @@ class Trainer:
         steps = [record for record in read_metrics(self.folder) if record["kind"] == "train"]
         return [(record["loss"], record["grad_norm"]) for record in steps[-WINDOW:]]
 
+    def _is_first_reader(self) -> bool:
+        """Whether no rank before this one reads the same samples."""
+        shares: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(shares, self.engine.data_rank)
+        return self.engine.data_rank not in shares[: dist.get_rank()]
+
     def _resume(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
-        load_into(self.engine, checkpoint)
-        self.loader.load_state_dict(state.loader)
+        state, error = checkpoint.state, None
+        try:
+            self.loader.load_state_dict(state.loader)  # first: it refuses other data before anything is loaded
+            load_into(self.engine, checkpoint)
+        except (CheckpointError, DataError) as caught:
+            error = caught
+        agree(error)
+        for aside in on_rank_zero(lambda: set_aside_newer(self.folder, state.step)):
+            log.warning("set aside the damaged checkpoint: it is %s now; delete it when you have looked at it", aside)
         self.step, self.tokens, self.skipped_steps = state.step, state.tokens, state.skipped_steps
         log.info("resumed from %s (written as %s)", checkpoint.folder, state.layout)
 
@@ -250,6 +270,7 @@ class Trainer:
         self._speed.add(result.tokens, seconds)
         self._tokens_here += result.tokens
         self._seconds_here += seconds
+        self.ledger.add(self.step, batches, not result.applied)
         self._count_skips(result)
         self._write_metrics(result, lr, self._sum_over_data(self._bytes_predicted(batches)))
 
@@ -319,18 +340,3 @@ def open_trainer(config: RunConfig, device: torch.device) -> Iterator[Trainer]:
     check_same_on_all_ranks(config)
     with Trainer(config.resolve(dist.get_world_size()), device) as trainer:
         yield trainer
-
-
-def _check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Compare with the config the checkpoint was trained with: some fields must match, other changes are said."""
-    before, now = flatten(checkpoint.state.config), flatten(config.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if old == new or (key == "train.precision" and new == "auto") or key.startswith("parallel."):
-            continue
-        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _MUST_MATCH):
-            raise CheckpointError(
-                f"{checkpoint.folder}: trained with {key} = {old}, this config has {new}; use the run's own "
-                "config.yaml, or another run folder for the changed one"
-            )
-        log.warning("resuming with a changed setting: %s was %s, is now %s", key, old, new)

@@ -24,9 +24,9 @@ import torch
 
 from lightbulb.config import ConfigError
 from lightbulb.train.ancestry import is_launcher
-from lightbulb.train.checkpoint import FOLDER
 from lightbulb.train.config import RunConfig
 from lightbulb.train.ending import read_outcome
+from lightbulb.train.manifest import FOLDER
 
 POLL_SECONDS = 0.5
 LEFTOVER_SECONDS = 30.0

@@ -238,7 +238,7 @@ def describe(beat: Beat) -> str:
     return f"rank {beat.rank} hung in section {beat.section} at step {beat.step} for {beat.seconds:g} s{place}"
 
 
-def sweep(folder: Path) -> None:
+def sweep_heartbeats(folder: Path) -> None:
     """Remove the heartbeats and hang reports of an earlier start; the run folder must be claimed."""
     for path in [*(folder / FOLDER).glob("rank-*"), *folder.glob("hang-rank-*.txt")]:
         path.unlink(missing_ok=True)

@@ -1,70 +1,12 @@
 """The pretrain command as users run it: interrupted, resumed, on other layouts, with bad input."""
 
-import json
 import random
 import resource
 import signal
-import time
-from pathlib import Path
 
 import pytest
 import yaml
-
-STEPS = 12
-
-
-@pytest.fixture
-def run_file(tmp_path, corpus):
-    """Write a run file; returns a function of (name, changes) giving its path."""
-
-    def write(name="run", **changes):
-        config = {
-            "run": str(tmp_path / name),
-            "model": {
-                "vocab_size": 512, "dim": 32, "num_layers": 2, "context_length": 32,
-                "block_pattern": [{
-                    "token": {"type": "attention", "num_heads": 4, "num_kv_heads": 2, "qk_norm": True},
-                    "channel": {"type": "switch", "num_experts": 4, "hidden_dim": 32},
-                }],
-            },
-            "data": {"path": str(corpus)},
-            "optimizer": {"lr": 5.0e-3},
-            "train": {
-                "steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32",
-                "save_every": 3, "eval_every": 5, "eval_contexts": 8,
-            },
-        } | changes  # fmt: skip
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return path
-
-    return write
-
-
-def losses(run: Path) -> dict[int, float]:
-    """Loss of every step in the run's metrics, each step exactly once."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
-    assert len(steps) == len(dict(steps)), "a step was written twice"
-    return dict(steps)
-
-
-def wait_for(condition, seconds=60.0):
-    """Poll until the condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
-
-
-def reached(run: Path, step: int) -> bool:
-    path = run / "metrics.jsonl"
-    return path.exists() and f'"step":{step},' in path.read_text()
-
-
-def final_hashes(run: Path) -> dict[str, str]:
-    manifest = json.loads((run / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").read_text())
-    return {name: entry["xxh3_128"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
+from runs import STEPS, final_hashes, losses, reached, wait_for
 
 
 def test_killed_runs_resume_bit_for_bit(start, run_file, tmp_path):
@@ -124,7 +66,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_is_missing(start, r
     for process in command.processes:  # like a disk quota: larger files than this cannot be written any more
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
     assert command.wait(60) == 1, command.text()
-    assert "cannot be written" in command.text()
+    assert "limit or disk quota is reached (0.1 MB needed)" in command.text()
     assert "Traceback" not in command.text()
     assert list((run / "checkpoints").glob("step-*/manifest.json"))
     assert not list((run / "checkpoints").glob(".*.partial"))

@@ -1,53 +1,71 @@
 """Checkpoint folders: what is damaged is named, what is hostile is refused, any slice can be read."""
 
 import json
+import os
 import pickle
 from dataclasses import asdict
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from lightbulb.train.checkpoint import (
+from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_model_for_inference, newest_checkpoint
+from lightbulb.train.faults import PlantedFault
+from lightbulb.train.manifest import (
     FOLDER,
     FORMAT,
-    Checkpoint,
-    CheckpointError,
     TrainState,
-    _hash,
     complete_checkpoints,
-    load_model_for_inference,
-    newest_checkpoint,
+    entry,
+    remove_old,
+    set_aside_newer,
     step_folder,
-    sweep_partial,
+    sweep,
+    write_manifest,
 )
+from lightbulb.train.tensor_file import FileRecord, hash_file, write_tensors
 
 LOGICAL = torch.arange(24.0).view(4, 6)
+WHOLE = (slice(0, 4), slice(0, 6))
+
+
+def record_of(path):
+    size = path.stat().st_size
+    return entry(FileRecord(size, hash_file(path, size)))
 
 
 def write(run, step=3):
-    """A checkpoint of one logical tensor in four parts, two in each of two files."""
+    """A checkpoint of one logical tensor in two parts, one in each of two files."""
     folder = step_folder(run, step)
     folder.mkdir(parents=True)
     parts = []
     for rank, rows in enumerate((slice(0, 1), slice(1, 4))):
         name = f"model-rank{rank:04d}.safetensors"
-        save_file({"w": LOGICAL[rows, :].contiguous()}, folder / name)
-        parts.append({"file": name, "start": [rows.start, 0], "shape": [rows.stop - rows.start, 6]})
+        write_tensors(folder / name, {"w": LOGICAL[rows, :]})
+        parts.append({"file": name, "key": "w", "start": [rows.start, 0], "shape": [rows.stop - rows.start, 6]})
     state = TrainState(step, 10, step, 0, {}, {}, "TP1xPP1xEP1xDP1")
     (folder / "state.json").write_text(json.dumps(asdict(state)))
-    files = {p.name: {"size": p.stat().st_size, "xxh3_128": _hash(p)} for p in folder.iterdir()}
+    files = {p.name: record_of(p) for p in folder.iterdir()}
     manifest = {"format": FORMAT, "step": step, "files": files, "tensors": {"w": {"shape": [4, 6], "parts": parts}}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     return folder
+
+
+def change_manifest(folder, change):
+    """Change a manifest and its digest, as a forger would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["digest"]
+    change(manifest)
+    write_manifest(folder, manifest)
 
 
 @pytest.mark.parametrize("slices", [(slice(0, 4), slice(0, 6)), (slice(0, 2), slice(3, 6)), (slice(2, 3), slice(1, 2))])
 def test_any_slice_of_a_logical_tensor_is_put_together_from_its_parts(tmp_path, slices):
-    assert torch.equal(Checkpoint(write(tmp_path)).read("w", slices), LOGICAL[slices])
+    assert torch.equal(Checkpoint(write(tmp_path)).read("w", slices, (4, 6)), LOGICAL[slices])
 
 
-@pytest.mark.parametrize("name", ["model-rank0000.safetensors", "model-rank0001.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["model-rank0000.safetensors", "model-rank0001.safetensors", "state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["flip first", "flip middle", "flip last", "truncate", "empty", "delete"])
 def test_damage_to_any_file_is_found_and_named(tmp_path, name, damage):
     path = write(tmp_path) / name
@@ -81,9 +99,11 @@ def test_the_newest_intact_checkpoint_is_chosen_and_the_others_explained(tmp_pat
     assert len(problems) == 1 and "step-00000006" in problems[0]
 
 
-def test_latest_is_never_trusted(tmp_path):
+@pytest.mark.parametrize("text", ["", "\0garbage", "../../x", "/etc", "step-00000099", "step-00000003/../../.."])
+def test_latest_is_never_trusted(tmp_path, text):
     write(tmp_path, 3)
-    (tmp_path / FOLDER / "latest").write_text("../../etc")
+    write(tmp_path / "x", 9)
+    (tmp_path / FOLDER / "latest").write_text(text)
     checkpoint, _ = newest_checkpoint(tmp_path)
     assert checkpoint is not None and checkpoint.state.step == 3
 
@@ -93,18 +113,8 @@ def test_interrupted_saves_are_not_checkpoints_and_are_swept(tmp_path):
     partial = tmp_path / FOLDER / ".step-00000009.partial"
     write(tmp_path, 9).rename(partial)
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000003"]
-    sweep_partial(tmp_path)
+    sweep(tmp_path)
     assert not partial.exists()
-
-
-def test_paths_out_of_the_folder_are_refused(tmp_path):
-    folder = write(tmp_path)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (tmp_path / "secret").write_text("x")
-    manifest["files"]["../../secret"] = {"size": 1, "xxh3_128": _hash(tmp_path / "secret")}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="secret"):
-        Checkpoint(folder)
 
 
 class _Canary:
@@ -112,32 +122,199 @@ class _Canary:
         return (open, ("canary", "w"))
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "state.json", "model-rank0000.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "model-rank0000.safetensors", ".metadata", "x.pt"])
 def test_a_pickle_in_place_of_a_file_is_refused_unread(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     folder = write(tmp_path)
+    known = (folder / name).exists()
     (folder / name).write_bytes(pickle.dumps(_Canary()))
-    with pytest.raises(CheckpointError, match=name):
-        Checkpoint(folder)
+    if known:
+        with pytest.raises(CheckpointError, match=name):
+            Checkpoint(folder)
+    if name not in ("manifest.json", ".metadata", "x.pt"):  # also when the forger knows how to hash
+        rewrite(folder, name, pickle.dumps(_Canary()))
+        with pytest.raises(CheckpointError, match=name):
+            Checkpoint(folder).read("w", WHOLE, (4, 6))
+    if not known:  # what is not in the manifest is not looked at
+        assert torch.equal(Checkpoint(folder).read("w", WHOLE, (4, 6)), LOGICAL)
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_part_listed_in_a_file_that_was_not_hashed_is_refused(tmp_path):
+def first_part(**changes):
+    return lambda manifest: manifest["tensors"]["w"]["parts"][0].update(changes)
+
+
+def a_file(name, **changes):
+    return lambda manifest: manifest["files"].update({name: {"size": 1, "xxh3_128": "0" * 32} | changes})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (a_file("../../secret"), "secret"),
+        (a_file("/etc/passwd"), "passwd"),
+        (a_file("a\0b"), "files"),
+        (a_file(".."), "files"),
+        (a_file("x", size=-1), "files.x.size"),
+        (a_file("x", size=1e9), "files.x.size"),
+        (a_file("x", size=True), "files.x.size"),
+        (a_file("x", size=1 << 63), "files.x.size"),
+        (a_file("x", xxh3_128="zz"), "xxh3_128"),
+        (first_part(file="../step-00000003/model-rank0000.safetensors"), "tensors.w.parts"),
+        (first_part(file="model-rank0009.safetensors"), "not listed"),
+        (first_part(start=[-1, 0]), "start"),
+        (first_part(start=[0.0, 0]), "start"),
+        (first_part(start=[0]), "dimensions"),
+        (first_part(start=[4, 0]), "reaches to 5 in a dimension of 4"),
+        (first_part(shape=[1 << 40, 6]), "reaches to"),
+        (first_part(shape=[0, 6]), "shape"),
+        (first_part(surprise=1), "surprise"),
+        (lambda m: m["tensors"]["w"].update(shape=[1 << 47, 1 << 47]) or first_part(shape=[1 << 47, 6])(m), "bytes"),
+        (lambda m: m["files"].pop("state.json"), "state.json"),
+        (lambda m: m.update(format=1), "format 1, this version reads 2"),
+        (lambda m: m.update(step=4), "of step 4"),
+        (lambda m: m.pop("tensors"), "tensors"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_manifest_that_says_what_cannot_be_is_refused_before_a_file_is_opened(tmp_path, change, message):
     folder = write(tmp_path)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["tensors"]["w"]["parts"][0]["file"] = "../step-00000003/model-rank0000.safetensors"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="not listed"):
+    change_manifest(folder, change)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=message) as caught:
         Checkpoint(folder)
+    assert str(folder / "manifest.json") in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[" * 100_000, b"\xff", b"[]", b"1" * 5000, b'{"format": 2}'], ids=range(7)
+)
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_json_that_is_none_is_named(tmp_path, name, content):
+    folder = write(tmp_path)
+    (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=name):
+        Checkpoint(folder)
+
+
+def rewrite(folder, name, content):
+    """Change a file and its hash in the manifest, as a forger would."""
+    (folder / name).write_bytes(content)
+    change_manifest(folder, lambda m: m["files"].update({name: record_of(folder / name)}))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xff" * 8,
+        (1 << 20).to_bytes(8, "little"),
+        (2).to_bytes(8, "little") + b"[]",
+        (9).to_bytes(8, "little") + b'{"w": []}',
+        (5).to_bytes(8, "little") + b"[[[[[",
+    ],
+    ids=["2^64", "beyond the end", "list", "no entry", "cut"],
+)
+def test_a_forged_tensor_file_is_refused(tmp_path, header):
+    folder = write(tmp_path)
+    rewrite(folder, "model-rank0000.safetensors", header + b" " * 200)
+    with pytest.raises(CheckpointError, match="model-rank0000"):
+        Checkpoint(folder).read("w", WHOLE, (4, 6))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F64", "shape": [1, 6], "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": [1, 6], "data_offsets": [0, 20]},
+        {"dtype": "F32", "shape": [1, 6], "data_offsets": [-24, 0]},
+        {"dtype": "F32", "shape": [1, 6], "data_offsets": [8, 32]},
+        {"dtype": "F32", "shape": [1, 6], "data_offsets": [0.0, 24.0]},
+        {"dtype": "F32", "shape": [1, 6]},
+    ],
+    ids=lambda entry: str(entry.get("data_offsets")) + entry["dtype"] + str(entry["shape"]),
+)
+def test_a_forged_entry_of_a_tensor_file_is_refused(tmp_path, entry):
+    folder = write(tmp_path)
+    header = json.dumps({"w": entry}).encode()
+    rewrite(folder, "model-rank0000.safetensors", len(header).to_bytes(8, "little") + header + b"\0" * 24)
+    with pytest.raises(CheckpointError, match="model-rank0000.safetensors: damaged: no float32 tensor 'w'"):
+        Checkpoint(folder).read("w", WHOLE, (4, 6))
+
+
+def test_links_and_pipes_are_not_followed(tmp_path):
+    folder = write(tmp_path)
+    file = folder / "model-rank0001.safetensors"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        Checkpoint(folder)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match="not a plain file"):
+        Checkpoint(folder)
+    step_folder(tmp_path, 8).symlink_to(write(tmp_path / "other", 8))
+    assert complete_checkpoints(tmp_path) == [folder]
+
+
+def test_parts_that_overlap_do_not_hide_a_hole(tmp_path):
+    folder = write(tmp_path)
+    parts = [{"file": "model-rank0001.safetensors", "key": "w", "start": [r, 0], "shape": [3, 6]} for r in (0, 1)]
+    change_manifest(folder, lambda m: m["tensors"]["w"].update(parts=parts))
+    with pytest.raises(CheckpointError, match="overlap"):
+        Checkpoint(folder).read("w", WHOLE, (4, 6))
 
 
 def test_missing_parts_are_an_error_not_garbage(tmp_path):
     folder = write(tmp_path)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["tensors"]["w"]["parts"][1]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(folder, lambda m: m["tensors"]["w"]["parts"].pop())
     with pytest.raises(CheckpointError, match="cover 6 of 24"):
-        Checkpoint(folder).read("w", (slice(0, 4), slice(0, 6)))
+        Checkpoint(folder).read("w", WHOLE, (4, 6))
+
+
+def test_another_shape_is_refused_with_both(tmp_path):
+    with pytest.raises(CheckpointError, match=r"'w' has shape \(4, 6\), the model expects \(8, 6\)"):
+        Checkpoint(write(tmp_path)).read("w", (slice(0, 8), slice(0, 6)), (8, 6))
+
+
+def test_the_newest_is_chosen_by_its_step_not_by_any_clock(tmp_path):
+    for step, seconds in ((3, 4e9), (12, 0), (6, 1e9)):
+        os.utime(write(tmp_path, step), (seconds, seconds))
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (4e9, 4e9)) if "00000003" in str(path) else None
+    checkpoint, problems = newest_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.state.step == 12 and not problems
+
+
+def test_a_folder_under_another_step_s_name_is_refused(tmp_path):
+    write(tmp_path, 3).rename(step_folder(tmp_path, 9))
+    with pytest.raises(CheckpointError, match=r"step-00000009/manifest.json: of step 3"):
+        Checkpoint(step_folder(tmp_path, 9))
+
+
+def test_removal_keeps_the_newest_and_what_is_going_is_no_checkpoint(tmp_path, monkeypatch):
+    for step in (3, 6, 9):
+        write(tmp_path, step)
+    monkeypatch.setenv("LIGHTBULB_FAULT", "raise:point=save.deleting")
+    with pytest.raises(PlantedFault):
+        remove_old(tmp_path, 1)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000009", "step-00000003"]
+    monkeypatch.delenv("LIGHTBULB_FAULT")
+    (tmp_path / FOLDER / ".step-mine.partial").mkdir()
+    sweep(tmp_path)
+    remove_old(tmp_path, 1)
+    names = sorted(p.name for p in (tmp_path / FOLDER).iterdir())
+    assert names == [".step-mine.partial", "step-00000009"]
+
+
+def test_damaged_newer_checkpoints_are_set_aside_and_keep_nothing_from_being_kept(tmp_path):
+    for step in (3, 6, 9):
+        write(tmp_path, step)
+    assert [p.name for p in set_aside_newer(tmp_path, 3)] == [".step-00000009.damaged", ".step-00000006.damaged"]
+    sweep(tmp_path)
+    remove_old(tmp_path, 1)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000003"]
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

@@ -1,0 +1,88 @@
+"""Going on from a checkpoint with settings that may have changed since.
+
+The config in force is always the one the run is started with; nothing of the checkpoint overrides it. Whether a change
+is possible at all, worth a word, or nobody's business is written in :data:`RULES`.
+"""
+
+from enum import Enum
+from typing import Any
+
+from lightbulb.config import ConfigError, build_config, flatten
+from lightbulb.train.checkpoint import Checkpoint, CheckpointError
+from lightbulb.train.config import RunConfig
+
+
+class Rule(Enum):
+    """What a changed setting means for a run that goes on."""
+
+    FIXED = "it would be another run: refused"
+    SAID = "allowed and honoured from the next step on, with a warning"
+    FREE = "changes neither model nor losses: nothing is said"
+
+
+RULES = {
+    "model": Rule.FIXED,
+    "seed": Rule.FIXED,
+    "data.shuffle": Rule.FIXED,
+    "train.global_batch_size": Rule.FIXED,
+    "train.precision": Rule.FIXED,
+    "optimizer": Rule.SAID,  # also the betas: a lower learning rate or other betas are how spikes are cured
+    "schedule": Rule.SAID,
+    "train.steps": Rule.SAID,  # the schedule counts in fractions of it
+    "train.max_skipped_steps": Rule.SAID,
+    "data.document_mask": Rule.SAID,
+    "data.path": Rule.SAID,  # the same corpus elsewhere: its digest is compared when the loader resumes
+    "run": Rule.FREE,
+    "prompts": Rule.FREE,
+    "parallel": Rule.FREE,
+    "train": Rule.FREE,  # how often and how: micro-batches, saving, evaluating, logging
+}
+"""Setting to rule; the longest name that a setting's path begins with counts. What is not here is SAID."""
+
+MAX_NAMED = 8
+
+
+def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
+    """Compare with the config the checkpoint was trained with.
+
+    Returns:
+        one sentence per change that is allowed and worth saying.
+
+    Raises:
+        CheckpointError: some changes are not allowed; all of them are named with both values.
+    """
+    before, now = flatten(_completed(checkpoint.state.config)), flatten(config.model_dump(mode="json"))
+    said, refused = [], []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new or (key == "train.precision" and new == "auto"):
+            continue
+        rule = rule_of(key)
+        if rule is Rule.FIXED:
+            refused.append(f"{key} = {old}, this config has {new}")
+        elif rule is Rule.SAID:
+            said.append(f"{key} was {old}, is now {new}")
+    if refused:
+        more = f" (and {len(refused) - MAX_NAMED} more)" if len(refused) > MAX_NAMED else ""
+        raise CheckpointError(
+            f"{checkpoint.folder}: trained with {'; '.join(refused[:MAX_NAMED])}{more}; use the run's own config.yaml, "
+            "or another run folder for the changed one"
+        )
+    return said
+
+
+def rule_of(key: str) -> Rule:
+    """The rule for a setting's path, such as ``optimizer.lr``."""
+    names = key.split(".")
+    for length in range(len(names), 0, -1):
+        if rule := RULES.get(".".join(names[:length])):
+            return rule
+    return Rule.SAID
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the settings that came after it at their defaults."""
+    try:
+        return build_config(RunConfig, values).model_dump(mode="json")
+    except ConfigError:
+        return values  # of a version that knew other settings: they show as differences

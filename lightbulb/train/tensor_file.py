@@ -1,0 +1,164 @@
+"""Files of float32 tensors in the safetensors format, written in one pass and read without copies.
+
+The format is an 8-byte length, a JSON header and the raw values: so small that writing it here, tensor by tensor from
+their own memory, costs no second copy, and the hash is taken from the same bytes on their way to the file. Any
+safetensors library reads the result. Reading maps the file; nothing in it can make this process run code, read
+outside the file or allocate more than the caller asked for.
+"""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import orjson
+import torch
+import xxhash
+from torch import Tensor
+
+from lightbulb.folder import explained
+
+CHUNK = 1 << 22  # stays in the cache between hash and write, and is large enough to leave Python's lock alone
+MAX_HEADER = 100_000_000  # as in the safetensors library
+ITEM = 4  # bytes of a float32
+
+
+class TensorFileError(ValueError):
+    """A file that is not what was written; the message names it."""
+
+
+class FileRecord(NamedTuple):
+    """What a file must be: bytes, and the xxh3-128 of all of them."""
+
+    size: int
+    xxh3_128: str
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write float32 tensors of any device to a new file and wait until it is on disk.
+
+    Tensors are taken one at a time: beyond them, memory for one that is not on the CPU is needed at most.
+
+    Raises:
+        FolderError: the disk is full or the folder cannot be written (the message names the file and its size).
+    """
+    header = _header(tensors)
+    size = len(header) + ITEM * sum(tensor.numel() for tensor in tensors.values())
+    digest = xxhash.xxh3_128()
+    with explained(path, size), path.open("wb", buffering=0) as file:
+        _write(file, digest, memoryview(header))
+        for tensor in tensors.values():
+            values = tensor.detach().to("cpu").contiguous()
+            _write(file, digest, memoryview(values.view(-1).numpy().view(np.uint8)))  # type: ignore[arg-type]
+        os.fsync(file.fileno())
+    return FileRecord(size, digest.hexdigest())
+
+
+def hash_file(path: Path, size: int) -> str:
+    """The xxh3-128 of a regular file of this size.
+
+    Raises:
+        TensorFileError: missing, a link or no file, another size, or unreadable.
+    """
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(min(CHUNK, max(size, 1))))
+    with open_regular(path) as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise TensorFileError(f"{path}: damaged: {found} bytes, {size} were written")
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        try:
+            while count := file.readinto(buffer):  # type: ignore[attr-defined]
+                digest.update(buffer[:count])
+        except OSError as error:
+            raise TensorFileError(f"{path}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a plain file for reading: no links, pipes or devices, which could lead elsewhere or never end.
+
+    Raises:
+        TensorFileError: it is missing or something else.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise TensorFileError(f"{path}: missing") from None
+    except OSError as error:
+        reason = "a symbolic link" if path.is_symlink() else error.strerror
+        raise TensorFileError(f"{path}: cannot be opened ({reason})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise TensorFileError(f"{path}: not a plain file")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+class TensorFile:
+    """A file of float32 tensors mapped into memory; check its hash first (:func:`hash_file`).
+
+    Raises:
+        TensorFileError: not a safetensors file of float32 tensors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise TensorFileError(f"{path}: damaged: no safetensors header")
+            self._entries = self._parse(file.read(length))
+            # Private pages: nobody's write through a tensor reaches the file.
+            self._data = np.memmap(file, dtype=np.uint8, mode="c", offset=0, shape=(size,))[8 + length :]
+
+    def read(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A tensor of a known shape, as a view of the file.
+
+        Raises:
+            TensorFileError: it is not there, not float32, of another shape, or does not lie within the file.
+        """
+        size = ITEM * math.prod(shape)
+        entry = self._entries.get(name)
+        if isinstance(entry, dict) and (entry.get("dtype"), entry.get("shape")) == ("F32", list(shape)):
+            match entry.get("data_offsets"):
+                case [int(start), int(stop)] if 0 <= start <= stop <= len(self._data) and stop - start == size:
+                    values = self._data[start:stop].view(np.float32)
+                    return torch.from_numpy(values).view(tuple(shape)) if size else torch.empty(tuple(shape))
+        raise TensorFileError(f"{self.path}: damaged: no float32 tensor {name!r} of shape {list(shape)} in it")
+
+    def _parse(self, header: bytes) -> dict[str, Any]:
+        try:
+            entries = orjson.loads(header)
+        except ValueError as error:
+            raise TensorFileError(f"{self.path}: damaged: its header is no JSON ({error})") from None
+        if not isinstance(entries, dict):
+            raise TensorFileError(f"{self.path}: damaged: its header is no table of tensors")
+        return entries
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Length and JSON table, padded so that the values begin at a multiple of 8 bytes."""
+    entries, start = {}, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name!r} is {tensor.dtype}; checkpoints hold float32")
+        stop = start + ITEM * tensor.numel()
+        entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    table = json.dumps(entries, separators=(",", ":")).encode()
+    table += b" " * (-len(table) % 8)
+    return len(table).to_bytes(8, "little") + table
+
+
+def _write(file: Any, digest: Any, values: memoryview) -> None:
+    """Hash and write bytes piece by piece; both let other threads run meanwhile."""
+    for start in range(0, len(values), CHUNK):
+        piece = values[start : start + CHUNK]
+        digest.update(piece)
+        while len(piece):  # an unbuffered file may take less than it was given, as at a size limit
+            piece = piece[file.write(piece) :]
