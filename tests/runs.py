@@ -8,6 +8,10 @@ from typing import Any
 import yaml
 
 STEPS = 12
+TRAIN: dict[str, Any] = {
+    "steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32",
+    "save_every": 3, "eval_every": 5, "eval_contexts": 8,
+}  # fmt: skip
 
 
 def write_run_file(folder: Path, corpus: Path, name: str = "run", **changes: Any) -> Path:
@@ -23,10 +27,7 @@ def write_run_file(folder: Path, corpus: Path, name: str = "run", **changes: Any
         },
         "data": {"path": str(corpus)},
         "optimizer": {"lr": 5.0e-3},
-        "train": {
-            "steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32",
-            "save_every": 3, "eval_every": 5, "eval_contexts": 8,
-        },
+        "train": TRAIN,
     } | changes  # fmt: skip
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -53,6 +54,13 @@ def reached(run: Path, step: int) -> bool:
     """Whether the run has trained this step."""
     path = run / "metrics.jsonl"
     return path.exists() and f'"step":{step},' in path.read_text()
+
+
+def step_reached(run: Path) -> int:
+    """The last step in the run's metrics; 0 when there are none."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if '"train"' in line), default=0)
 
 
 def final_hashes(run: Path, step: int = STEPS) -> dict[str, str]:

@@ -233,7 +233,7 @@ def behind(beats: list[Beat]) -> list[int]:
 
 
 def describe(beat: Beat) -> str:
-    """``rank 1 hung in section step at step 5 for 3.2 s, at loop.py:206 _train_one_step``."""
+    """``rank 1 hung in section step at step 5 for 3.2 s, at corpus.py:80 rows < loader.py:96 next_step < ...``."""
     place = f", at {beat.where}" if beat.where else ""
     return f"rank {beat.rank} hung in section {beat.section} at step {beat.step} for {beat.seconds:g} s{place}"
 
@@ -245,15 +245,15 @@ def sweep_heartbeats(folder: Path) -> None:
 
 
 def _place(frame: FrameType | None) -> tuple[bool, str]:
-    """Whether a thread waits for other ranks, and its innermost place outside torch."""
-    waits, depth = False, 0
-    while frame is not None:
+    """Whether a thread waits for other ranks, and its innermost places outside torch."""
+    waits, depth, places = False, 0, []
+    while frame is not None and len(places) < 3:
         file = frame.f_code.co_filename
         waits |= depth < 4 and any(part in file for part in _WAITING_IN)
         if "/torch/" not in file and "/megatron/" not in file:
-            return waits, f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"[:_PLACE_CHARACTERS]
+            places.append(f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}")
         frame, depth = frame.f_back, depth + 1
-    return waits, ""
+    return waits, " < ".join(places)[:_PLACE_CHARACTERS]
 
 
 def _last(beat: Beat | None) -> str:
