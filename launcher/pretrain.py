@@ -33,10 +33,10 @@ from lightbulb.parallel.collective import RankError
 from lightbulb.parallel.host import pick_device, process_group, share_cores, tune_allocator
 from lightbulb.parallel.rendezvous import LaunchError, adopt_environment
 from lightbulb.train.ancestry import LauncherWatch
-from lightbulb.train.manifest import CheckpointError
 from lightbulb.train.config import RunConfig
 from lightbulb.train.ending import Announced, announce, write_outcome
 from lightbulb.train.loop import TrainingError, open_trainer
+from lightbulb.train.manifest import CheckpointError
 from lightbulb.train.restart import Job, default_ranks, supervise
 
 REFUSALS = (ConfigError, DataError, FolderError, CheckpointError, TrainingError, RankError, LaunchError)

@@ -154,7 +154,8 @@ def meet(place: Place, say: Callable[[str], None]) -> dist.Store:
         _reach(place, end, f"rank 0 at {where}", say)
     try:
         timeout = timedelta(seconds=max(end - time.monotonic(), 1.0))
-        store, _, _ = next(iter(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout)))
+        has_store = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun holds one
+        port = dist.TCPStore(*place[2:], place.world_size, has_store, timeout, wait_for_workers=False)
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise LaunchError(
@@ -162,6 +163,8 @@ def meet(place: Place, say: Callable[[str], None]) -> dist.Store:
                 "another one (deepspeed --master_port, torchrun --master-port)"
             ) from None
         raise LaunchError(f"rank {place.rank}: cannot meet the other ranks at {where}: {_first_line(error)}") from None
+    # a restart under one torchrun meets at the same port again, with what the last attempt left there
+    store = dist.PrefixStore(f"lightbulb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", port)
     _await_all(store, place, end, seconds, where)
     return store
 
@@ -193,9 +196,7 @@ def _reach(place: Place, end: float, what: str, say: Callable[[str], None]) -> N
 
 def _await_all(store: dist.Store, place: Place, end: float, seconds: float, where: str) -> None:
     """Return when every rank has arrived at the store."""
-    # a restart under one torchrun agent meets at the same store again, with what the last attempt left in it
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    names = [f"lightbulb/arrived/{attempt}/{rank}" for rank in range(place.world_size)]
+    names = [f"arrived/{rank}" for rank in range(place.world_size)]
     store.set(names[place.rank], "1")
     try:
         store.wait(names, timedelta(seconds=max(end - time.monotonic(), 1.0)))
