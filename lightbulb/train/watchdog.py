@@ -246,7 +246,8 @@ def sweep_heartbeats(folder: Path) -> None:
 
 def _place(frame: FrameType | None) -> tuple[bool, str]:
     """Whether a thread waits for other ranks, and its innermost places outside torch."""
-    waits, depth, places = False, 0, []
+    waits, depth = False, 0
+    places: list[str] = []
     while frame is not None and len(places) < 3:
         file = frame.f_code.co_filename
         waits |= depth < 4 and any(part in file for part in _WAITING_IN)
