@@ -13,6 +13,7 @@ from collections.abc import Callable, MutableMapping
 from datetime import timedelta
 from typing import NamedTuple
 
+import psutil
 import torch.distributed as dist
 
 START_SECONDS = "LIGHTBULB_START_SECONDS"
@@ -166,7 +167,23 @@ def meet(place: Place, say: Callable[[str], None]) -> dist.Store:
     # a restart under one torchrun meets at the same port again, with what the last attempt left there
     store = dist.PrefixStore(f"lightbulb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", port)
     _await_all(store, place, end, seconds, where)
+    if interface := interface_towards(place.master_addr):
+        # by itself gloo takes the address of the host's name, which many systems resolve to the loopback
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     return store
+
+
+def interface_towards(host: str) -> str | None:
+    """Name of the network interface whose address this machine uses to reach a host; nothing is sent."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            ours = probe.getsockname()[0]
+    except OSError:
+        return None
+    names = psutil.net_if_addrs().items()
+    return next((name for name, listed in names if any(entry.address == ours for entry in listed)), None)
 
 
 def _reach(place: Place, end: float, what: str, say: Callable[[str], None]) -> None:

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from processes import Command
 
-from lightbulb.parallel.rendezvous import LaunchError, Place, adopt_environment, first_host, meet, read_place
+from lightbulb.parallel.rendezvous import (
+    LaunchError,
+    Place,
+    adopt_environment,
+    first_host,
+    interface_towards,
+    meet,
+    read_place,
+)
 
 SLURM = {
     "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODELIST": "gpu[07-08]",
@@ -65,6 +73,11 @@ def test_mpirun_is_translated_and_asks_for_an_address_over_machines() -> None:
 )
 def test_first_host_of_a_list(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
+
+
+def test_gloo_uses_the_interface_that_reaches_the_first_rank() -> None:
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("no-such-host.invalid") is None
 
 
 @pytest.mark.parametrize(
