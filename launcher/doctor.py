@@ -1,112 +1,103 @@
-"""Show what is installed, what stands in for what is missing, and the machine: `lightbulb doctor [--imports]`.
+"""Show what is installed, what stands in for what is missing, and the machine.
 
-Exits with 1 when something required is missing, of a wrong version or, with --imports, does not load.
+::
+
+    lightbulb doctor                             # packages, programs, devices
+    lightbulb doctor --self-test                 # also trains a tiny model on one rank and on two
+    lightbulb doctor --config RUN.yaml --ranks 8 # also the layout it would choose, with the memory of a rank
+
+Exits with 1 when something required is missing, of a wrong version or, with --imports, does not load; when the self
+test fails; and when no layout fits. Next: `lightbulb preprocess`, `lightbulb pretrain`.
 """
 
 import argparse
 import importlib
-import os
-import shutil
+import json
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from importlib import metadata
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import psutil
-import torch
-from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-GIB = 1 << 30
+from lightbulb.planning import survey
 
-
-class Part(NamedTuple):
-    """A package and what happens without it."""
-
-    package: str
-    module: str
-    without: str
-
-
-PARTS = (
-    Part("torch", "torch", "nothing runs"),
-    Part("torchvision", "torchvision", "streaming does not load; install the version that belongs to torch"),
-    Part("megatron-core", "megatron.core", "no training, and no inference"),
-    Part("mosaicml-streaming", "streaming", "shards can be neither written nor read"),
-    Part("deepspeed", "deepspeed", "no deepspeed launcher: start ranks with torchrun or srun"),
-    Part("triton", "triton", "kernels run as their torch reference: slower on CUDA, no difference on CPU"),
-    Part("flash-attn", "flash_attn", "attention by torch's own kernels, flash among them on CUDA"),
-    Part("mamba-ssm", "mamba_ssm", "Mamba layers scan in torch: slower on CUDA"),
-    Part("causal-conv1d", "causal_conv1d", "short convolutions by torch's conv1d: slower on CUDA"),
-    Part("transformer-engine", "transformer_engine", "torch's layers and optimizer steps: no FP8, slower on CUDA"),
-)
+GIB = survey.GIB
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="lightbulb doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lightbulb doctor", description="Show what this machine has and lacks.")
     parser.add_argument("--imports", action="store_true", help="also import every package (takes half a minute)")
+    parser.add_argument("--self-test", action="store_true", help="also train a tiny model on one rank and on two")
+    parser.add_argument("--config", metavar="FILE", help="also choose a layout for this run file")
+    parser.add_argument("--ranks", type=int, help="with --config: processes (default: GPUs, or 1)")
+    parser.add_argument("--ranks-per-node", type=int, help="with --config: processes of one machine (default: all)")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="with --config: of a rank (default: this machine's)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
-    packages, problems = Table("package", "found", "remark"), 0
-    for part in PARTS:
-        found, remark, is_problem = examine(part, options.imports)
-        packages.add_row(part.package, found, remark, style="red" if is_problem else None)
-        problems += is_problem
-    machine = Table(show_header=False)
-    for name, value in machine_facts():
-        machine.add_row(name, value)
-    Console().print(packages, machine, f"required packages that need attention: {problems or 'none'}")
-    return 1 if problems else 0
+    findings = survey.examine_all(options.imports)
+    report: dict[str, Any] = {
+        "packages": [finding._asdict() for finding in findings],
+        "programs": [finding._asdict() for finding in survey.programs()],
+        "machine": dict(survey.machine_facts()),
+        "problems": [f"{f.name}: {f.found} {f.remark}".strip() for f in findings if f.is_problem],
+    }
+    if options.config:
+        report["layout"] = plan(options)
+        report["problems"] += [] if report["layout"]["fits"] else [f"layout: {report['layout']['reason']}"]
+    if options.self_test:
+        report["self_test"] = self_test()
+        report["problems"] += [] if report["self_test"]["passed"] else [f"self test: {report['self_test']['detail']}"]
+    print(json.dumps(report)) if options.json else show(report)
+    return 1 if report["problems"] else 0
 
 
-def examine(part: Part, try_import: bool) -> tuple[str, str, bool]:
-    """Version found, remark, and whether something required is wrong."""
-    requirement = requirements().get(part.package)
+def plan(options: argparse.Namespace) -> dict[str, Any]:
+    """The layout for a run file; what is missing on this machine may keep it from being chosen."""
     try:
-        version = metadata.version(part.package)
-        if try_import:
-            importlib.import_module(part.module)
-    except metadata.PackageNotFoundError:
-        return "missing", part.without, requirement is not None
-    except (ImportError, RuntimeError, OSError) as error:
-        return version, f"does not load ({error}), so: {part.without}", requirement is not None
-    if requirement is not None and not requirement.specifier.contains(version, prereleases=True):
-        return version, f"needs {requirement.specifier}; pip install '{requirement}'", True
-    return version, "", False
+        layouts = importlib.import_module("lightbulb.planning.report")  # needs what the survey may find missing
+        return layouts.plan(options.config, options.ranks, options.ranks_per_node, options.memory)
+    except (ImportError, ValueError, OSError) as error:
+        return {"fits": False, "reason": str(error), "lines": []}
 
 
-def requirements() -> dict[str, Requirement]:
-    """The packages LightBulb cannot do without, by name."""
-    listed = map(Requirement, metadata.requires("lightbulb") or [])
-    return {requirement.name: requirement for requirement in listed if requirement.marker is None}
+def self_test() -> dict[str, Any]:
+    """The outcome of :mod:`lightbulb.planning.self_test` in a process of its own."""
+    command = [sys.executable, "-m", "lightbulb.planning.self_test"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if not lines or not lines[-1].startswith("{"):
+        cause = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"passed": False, "seconds": 0.0, "detail": cause}
+    return json.loads(lines[-1])
 
 
-def machine_facts() -> Iterator[tuple[str, str]]:
-    """Devices, number formats, memory and disk."""
-    yield "Python, torch", f"{sys.version.split()[0]}, {torch.__version__} (CUDA {torch.version.cuda or 'none'})"
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        yield f"GPU {index}", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, capability {gpu.major}.{gpu.minor}"
-    if not torch.cuda.is_available():
-        yield "GPU", "none: runs on the CPU with gloo"
-    yield "CPU", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable, bf16 {cpu_bf16()}"
-    memory = psutil.virtual_memory()
-    yield "memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"
-    for name, folder in (("shared memory", Path("/dev/shm")), ("disk here", Path.cwd())):
-        if folder.is_dir():
-            usage = shutil.disk_usage(folder)
-            yield name, f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free ({folder})"
-
-
-def cpu_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What the CPU has for bf16, and what ``precision: auto`` makes of it."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    if "amx_bf16" in flags:
-        return "by AMX (precision auto takes it for wide models)"
-    return f"{'by AVX-512' if 'avx512_bf16' in flags else 'without instructions known'} (precision auto takes fp32)"
+def show(report: dict[str, Any]) -> None:
+    """The report as tables."""
+    console = Console()
+    for title in ("packages", "programs"):
+        table = Table(title[:-1], "found", "remark")
+        for item in report[title]:
+            table.add_row(item["name"], item["found"], item["remark"], style="red" if item["is_problem"] else None)
+        console.print(table)
+    machine = Table(show_header=False)
+    for name, value in report["machine"].items():
+        machine.add_row(name, value)
+    console.print(machine)
+    if "layout" in report:
+        console.print(*report["layout"]["lines"], sep="\n", soft_wrap=True)
+    if "self_test" in report:
+        verdict = "passed" if report["self_test"]["passed"] else "FAILED"
+        console.print(f"self test {verdict} in {report['self_test']['seconds']} s: {report['self_test']['detail']}")
+    console.print(
+        f"required packages that need attention: {sum(p['is_problem'] for p in report['packages']) or 'none'}"
+    )
+    for problem in report["problems"]:
+        console.print(f"error: {problem}", soft_wrap=True, style="red")
 
 
 if __name__ == "__main__":

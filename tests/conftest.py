@@ -1,7 +1,7 @@
 """Fixtures for all tests: commands as real processes, and a small prepared corpus."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Start a command: ``start("pretrain", argv, world_size=2, LIGHTBULB_FAULT=...)``."""
     running: list[Command] = []
 
-    def run(name: str, argv: list[str], world_size: int = 1, **environment: str) -> Command:
+    def run(
+        name: str, argv: list[str], world_size: int = 1, own_arguments: Sequence[list[str]] = (), **environment: str
+    ) -> Command:
         output = tmp_path / f"output-{len(running)}.txt"
-        running.append(Command(name, argv, world_size, environment, output))
+        running.append(Command(name, argv, world_size, environment, output, own_arguments))
         return running[-1]
 
     yield run

@@ -9,6 +9,7 @@ import multiprocessing as mp
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,9 +21,20 @@ _CONTEXT.set_forkserver_preload(["lightbulb.launcher.pretrain", "lightbulb.launc
 
 
 class Command:
-    """One command running as ``world_size`` processes; their output goes to one file."""
+    """One command running as ``world_size`` processes; their output goes to one file.
 
-    def __init__(self, name: str, argv: list[str], world_size: int, environment: dict[str, str], output: Path):
+    ``own_arguments`` are further arguments of each rank.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        argv: list[str],
+        world_size: int,
+        environment: dict[str, str],
+        output: Path,
+        own_arguments: Sequence[list[str]] = (),
+    ):
         port = _free_port()
         self.output = output
         self.processes: list[BaseProcess] = []
@@ -33,7 +45,8 @@ class Command:
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                     "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 }  # fmt: skip
-            process = _CONTEXT.Process(target=_run_command, args=(name, argv, variables, str(output)))
+            all_arguments = [*argv, *(own_arguments[rank] if own_arguments else [])]
+            process = _CONTEXT.Process(target=_run_command, args=(name, all_arguments, variables, str(output)))
             process.start()
             self.processes.append(process)
 

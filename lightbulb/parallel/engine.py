@@ -44,7 +44,7 @@ class StepResult:
         tokens: predicted tokens.
         grad_norm: norm of the global gradient before clipping.
         clip_coefficient: factor the gradient was scaled by.
-        applied: False when the gradient was not finite and the update was skipped on all ranks.
+        applied: False when the gradient was not finite or over a limit, and the update was skipped on all ranks.
         routers: per MoE layer: load per expert, balance loss, z-loss, entropy.
     """
 
@@ -109,24 +109,29 @@ class Engine:
         """Whether this rank speaks for the others of its pipeline stage about what all of them hold alike."""
         return self.tensor_rank == 0 and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
-    def train_step(self, batches: list[Any], lr: float) -> StepResult:
+    def train_step(
+        self, batches: list[Any], lr: float, max_loss: float = math.inf, max_grad_norm: float = math.inf
+    ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update.
 
         Args:
             batches: micro-batches with ``tokens``, ``labels`` ``[batch, length]``, ``document_ids`` or None and
                 ``sample_ids [batch]``; all of one shape, the same number on every rank.
             lr: learning rate of this step.
+            max_loss: with a larger loss nothing is updated.
+            max_grad_norm: with a larger norm, before clipping, nothing is updated.
         """
         self.forward_backward(batches)
-        return self.update(lr)
+        return self.update(lr, max_loss, max_grad_norm)
 
-    def update(self, lr: float) -> StepResult:
-        """Clip and apply the gradients of :meth:`forward_backward`."""
+    def update(self, lr: float, max_loss: float = math.inf, max_grad_norm: float = math.inf) -> StepResult:
+        """Clip and apply the gradients of :meth:`forward_backward`, unless they are not finite or over a limit."""
         result = self._collect()
         self.optimizer.prepare_grads()
         result.grad_norm = float(self.optimizer.get_grad_norm())
         finite = math.isfinite(result.grad_norm) and math.isfinite(result.loss) and self._has_finite_gradients()
-        result.applied = not any_rank(not finite, self.device)
+        wanted = finite and result.loss <= max_loss and result.grad_norm <= max_grad_norm
+        result.applied = not any_rank(not wanted, self.device)
         if result.applied:
             result.clip_coefficient = min(1.0, self.optimizer_config.clip_grad / (result.grad_norm + 1e-6))
             self._update(result.grad_norm, lr)

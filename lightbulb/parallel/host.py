@@ -1,6 +1,7 @@
 """This process on its machine: device, threads, memory allocator, rank, precision."""
 
 import ctypes
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lightbulb.nn.precision import has_amx
+from lightbulb.parallel.rendezvous import adopt_environment, meet, read_place
 
 Precision = Literal["fp32", "bf16"]
 
@@ -67,15 +69,21 @@ def _world_size() -> int:
 def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Iterator[None]:
     """``torch.distributed`` for the ranks the launcher started, or for this process alone.
 
-    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as set by deepspeed, torchrun or a batch system.
+    After an error the group stays as it is: closing one that has lost a rank can wait forever.
+
+    Args:
+        device: decides between NCCL and gloo.
+        timeout_seconds: longest a collective may take.
+
+    Raises:
+        LaunchError: the launcher's variables are missing or contradict each other, or the ranks cannot meet.
     """
+    adopt_environment()
+    place = read_place()
+    store = dist.HashStore() if place is None else meet(place, logging.getLogger(__name__).warning)
+    rank, world_size = (0, 1) if place is None else place[:2]
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    yield
+    dist.destroy_process_group()

@@ -39,7 +39,11 @@ class TrainConfig(Config):
     async_save: bool = True
     """Write checkpoints while training goes on, from a copy of the state in host memory."""
     max_skipped_steps: int = Field(20, ge=1)
-    """Consecutive steps with non-finite gradients after which the run stops."""
+    """Consecutive skipped steps (gradients not finite, or spikes) after which the run stops."""
+    spike_sigma: float = Field(6.0, ge=0)
+    """Skip a step whose loss or gradient norm is this many standard deviations over the last 128; 0 skips none."""
+    hang_seconds: float = Field(600.0, ge=0)
+    """Longest time in one step, batch of an evaluation (setup and checkpoints: 3 x) before the run ends; 0 waits on."""
 
 
 class RunConfig(Config):

@@ -4,13 +4,17 @@ A signal to any one rank stops all of them at the same step boundary. Launchers 
 within milliseconds, so only a later SIGINT, an impatient person's, ends the process at once.
 """
 
+import math
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from lightbulb.parallel.collective import any_rank
 
@@ -92,8 +96,8 @@ def fault_point(point: str, step: int | None = None) -> None:
     """A place where tests can break a run by the environment variable LIGHTBULB_FAULT.
 
     Entries are separated by ``;``: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``hang`` (an endless loop in Python),
-    ``raise`` (:class:`PlantedFault`), ``sleep`` (``seconds``), ``exit`` (with code 0); ``nan`` is asked for by
-    :func:`is_planted`. Example: ``kill:point=save.rename:rank=0;sleep:point=step:step=3:seconds=2``.
+    ``raise`` (:class:`PlantedFault`), ``sleep`` (``seconds``), ``exit`` (with code 0); ``nan`` is for
+    :func:`poisoned`. Example: ``kill:point=save.rename:rank=0;sleep:point=step:step=3:seconds=2``.
     """
     if "LIGHTBULB_FAULT" not in os.environ:
         return
@@ -109,3 +113,16 @@ def fault_point(point: str, step: int | None = None) -> None:
         os._exit(0)
     while is_planted("hang", point, step):
         pass
+
+
+@contextmanager
+def poisoned(model: nn.Module, step: int) -> Iterator[None]:
+    """Inside, the gradient of this rank's first parameter is NaN if ``nan`` is planted at this step."""
+    if is_planted("nan", "step", step) is None:
+        yield
+        return
+    hook = next(model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    try:
+        yield
+    finally:
+        hook.remove()

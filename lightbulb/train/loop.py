@@ -26,16 +26,19 @@ from lightbulb.folder import check_writable, claim
 from lightbulb.parallel.collective import agree, on_rank_zero
 from lightbulb.parallel.engine import Engine, StepResult
 from lightbulb.parallel.host import Precision, pick_precision
+from lightbulb.train.agreement import check_same_on_all_ranks
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into, newest_checkpoint
 from lightbulb.train.config import RunConfig
-from lightbulb.train.faults import StopSignal, fault_point
+from lightbulb.train.faults import StopSignal, fault_point, poisoned
 from lightbulb.train.ledger import Ledger, rewind_ledger
 from lightbulb.train.manifest import TrainState, set_aside_newer, sweep
-from lightbulb.train.metrics import MetricsWriter
+from lightbulb.train.metrics import FILE_NAME, MetricsWriter, read_metrics
 from lightbulb.train.resume import check_resumable
 from lightbulb.train.save import Saver
 from lightbulb.train.schedule import learning_rate_factor
+from lightbulb.train.spikes import WINDOW, SpikeRule
 from lightbulb.train.throughput import Speedometer, memory_gib, peak_flops
+from lightbulb.train.watchdog import Watchdog, sweep_heartbeats
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ class Trainer:
         self._stop = self._signals.enter_context(StopSignal(device))
         try:
             on_rank_zero(self._claim)
+            self._watchdog = self._cleanup.enter_context(Watchdog(self.folder, config.train.hang_seconds))
             checkpoint = self._find_checkpoint(config)
             self.config = self._settle(config, checkpoint)
             self._build(checkpoint)
@@ -86,16 +90,19 @@ class Trainer:
         """Train to the last step; False when a signal stopped the run earlier (its state is saved)."""
         train = self.config.train
         while self.step < train.steps:
-            self._train_one_step()
-            self.saver.poll()
+            with self._watchdog.section("step", self.step + 1):
+                self._train_one_step()
+                self.saver.poll()
             if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
                 self.evaluate(train.eval_contexts, self._stop)
             stopping = self._stop.requested()
             if self.step == train.steps or stopping or (train.save_every and self.step % train.save_every == 0):
-                self.save()
+                with self._watchdog.section("save", self.step):
+                    self.save()
             if stopping and self.step < train.steps:
                 break
-        self.saver.wait()
+        with self._watchdog.section("save", self.step):
+            self.saver.wait()
         self._signals.close()
         return self.step == train.steps
 
@@ -114,8 +121,9 @@ class Trainer:
         for batch in held_out:
             if stop is not None and stop.requested():
                 return {}
-            fault_point("eval", self.step)
-            batch_nats, batch_tokens = self.engine.evaluate([batch])
+            with self._watchdog.section("evaluate", self.step):
+                fault_point("eval", self.step)
+                batch_nats, batch_tokens = self.engine.evaluate([batch])
             nats, tokens = nats + batch_nats, tokens + batch_tokens
             text_bytes += self._bytes_predicted([batch])
         text_bytes = self._sum_over_data(text_bytes)
@@ -161,6 +169,7 @@ class Trainer:
         self._cleanup.enter_context(claim(self.folder))
         check_writable(self.folder)
         sweep(self.folder)
+        sweep_heartbeats(self.folder)
 
     def _find_checkpoint(self, config: RunConfig) -> Checkpoint | None:
         checkpoint, problems = newest_checkpoint(self.folder, together=True)
@@ -205,17 +214,26 @@ class Trainer:
         self.metrics = MetricsWriter(self.folder, train.steps, self.is_main, train.log_every)
         self._cleanup.callback(self.metrics.close)
         self._speed = Speedometer()
+        self._spikes = SpikeRule(train.spike_sigma)
         if checkpoint is not None:
             self._resume(checkpoint)
         if self.is_main:
             save_config(config, self.folder / "config.yaml")
             shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
         self.metrics.rewind(self.step)
+        self._spikes.restore(on_rank_zero(self._last_steps))
         on_rank_zero(lambda: rewind_ledger(self.folder, self.step))
         self.ledger = Ledger(self.folder, self.engine.data_rank, self._is_first_reader())
         self.saver = Saver(self.folder, self.engine, train.keep_checkpoints, train.async_save)
         self._cleanup.callback(self.saver.close)
         fault_point("start")
+
+    def _last_steps(self) -> list[tuple[float | None, float | None]]:
+        """Loss and gradient norm of the steps the spike rule looks at, from the metrics of the run so far."""
+        if not (self.folder / FILE_NAME).is_file():
+            return []
+        steps = [record for record in read_metrics(self.folder) if record["kind"] == "train"]
+        return [(record["loss"], record["grad_norm"]) for record in steps[-WINDOW:]]
 
     def _is_first_reader(self) -> bool:
         """Whether no rank before this one reads the same samples."""
@@ -242,9 +260,12 @@ class Trainer:
         batches = self.loader.next_step()
         factor = learning_rate_factor(self.config.schedule, self.step, self.config.train.steps)
         lr = self.config.optimizer.lr * factor
-        self.engine.forward_backward(batches)
-        self.saver.settle()
-        result = self.engine.update(lr)
+        limits = self._spikes.limits()
+        with poisoned(self.engine.chunks[0], self.step + 1):
+            self.engine.forward_backward(batches)
+        self.saver.settle()  # the snapshot in flight must be whole before the update changes the weights
+        result = self.engine.update(lr, *limits)
+        self._spikes.add(result.loss, result.grad_norm)
         self.step += 1
         self.tokens += result.tokens
         seconds = time.perf_counter() - started
@@ -262,13 +283,16 @@ class Trainer:
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         stop = self.loader.samples_consumed
+        spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         log.warning(
-            "step %d skipped on all ranks: loss %s, gradient norm %s (samples %d to %d)",
-            self.step, result.loss, result.grad_norm, stop - self.config.train.global_batch_size, stop - 1,
+            "step %d skipped on all ranks, %s: loss %s, gradient norm %s (samples %d to %d)",
+            self.step, f"a spike over {self.config.train.spike_sigma:g} sigma" if spike else "not finite",
+            result.loss, result.grad_norm, stop - self.config.train.global_batch_size, stop - 1,
         )  # fmt: skip
         if self._skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise TrainingError(
-                f"{self._skipped_in_a_row} steps in a row had non-finite gradients; the last checkpoint is intact: "
+                f"{self._skipped_in_a_row} steps in a row were skipped for "
+                f"{'spikes' if spike else 'non-finite gradients'}; the last checkpoint is intact: "
                 f"lower optimizer.lr ({self.config.optimizer.lr}) or look at the samples named above"
             )
 
@@ -314,6 +338,7 @@ class Trainer:
 
 @contextmanager
 def open_trainer(config: RunConfig, device: torch.device) -> Iterator[Trainer]:
-    """A trainer for the ranks that were started."""
+    """A trainer for the ranks that were started, all with the same config, code and packages."""
+    check_same_on_all_ranks(config)
     with Trainer(config.resolve(dist.get_world_size()), device) as trainer:
         yield trainer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lightbulb.launcher
-from lightbulb.launcher import cli, doctor, report
+from lightbulb.launcher import cli, report
 from lightbulb.train.metrics import MetricsWriter
 
 EOS = 256
@@ -250,49 +250,3 @@ def test_schema_is_json_with_all_nested_configs_and_base(name: str, nested: str,
     assert schema["properties"]["base"]["type"] == "string"
     references = {part.split('"')[0] for part in text.split("#/$defs/")[1:]}
     assert references <= set(schema["$defs"])
-
-
-def test_doctor_shows_every_package_and_the_machine(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "150")
-    assert doctor.main([]) == 0
-    text = capsys.readouterr().out
-    for part in doctor.PARTS:
-        assert part.package in text
-    assert torch.__version__ in text
-    assert "required packages that need attention: none" in text
-
-
-def test_doctor_tells_missing_required_packages_from_optional_ones(monkeypatch: pytest.MonkeyPatch):
-    gone = doctor.Part("no-such-package", "no_such_package", "something slower")
-    assert doctor.examine(gone, try_import=False) == ("missing", "something slower", False)
-    monkeypatch.setattr(doctor, "requirements", lambda: {"no-such-package": doctor.Requirement("no-such-package")})
-    assert doctor.examine(gone, try_import=False)[2] is True
-
-
-def test_doctor_finds_wrong_versions_and_packages_that_do_not_load(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "requirements", lambda: {"rich": doctor.Requirement("rich>=999")})
-    version, remark, is_problem = doctor.examine(doctor.Part("rich", "rich", ""), try_import=False)
-    assert remark == "needs >=999; pip install 'rich>=999'"
-    assert is_problem
-    monkeypatch.setattr(doctor, "requirements", lambda: {"rich": doctor.Requirement("rich")})
-    broken = doctor.Part("rich", "rich.no_such_module", "no colours")
-    assert doctor.examine(broken, try_import=True) == (
-        version,
-        "does not load (No module named 'rich.no_such_module'), so: no colours",
-        True,
-    )
-
-
-def test_doctor_knows_its_requirements():
-    assert {"torch", "deepspeed", "megatron-core", "mosaicml-streaming"} <= set(doctor.requirements())
-    assert "flash-attn" not in doctor.requirements()
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [("fpu amx_tile amx_bf16", "by AMX"), ("fpu avx512_bf16", "by AVX-512"), ("fpu avx2", "without")],
-)
-def test_doctor_reads_the_bf16_instructions(tmp_path: Path, flags: str, words: str):
-    (tmp_path / "cpuinfo").write_text(f"model name\t: x\nflags\t\t: {flags}\n")
-    assert doctor.cpu_bf16(tmp_path / "cpuinfo").startswith(words)
-    assert doctor.cpu_bf16(tmp_path / "none").startswith("without")
