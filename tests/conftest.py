@@ -9,7 +9,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch: test shapes are tiny and the ranks share cores
 
 from processes import Command  # noqa: E402
-from runs import write_run_file  # noqa: E402
+from training_runs import write_run_file  # noqa: E402
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 from processes import Command
-from runs import STEPS, TRAIN, final_hashes, losses, reached, step_reached, wait_for, write_run_file
+from training_runs import STEPS, TRAIN, final_hashes, losses, reached, step_reached, wait_for, write_run_file
 
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError, newest_checkpoint
 from lightbulb.train.manifest import complete_checkpoints

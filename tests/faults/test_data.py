@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import TRAIN
+from training_runs import TRAIN
 
 from lightbulb.data.config import DataError
 from lightbulb.data.index import read_index

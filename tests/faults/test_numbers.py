@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from processes import Command
-from runs import TRAIN, write_run_file
+from training_runs import TRAIN, write_run_file
 
 from lightbulb.config import ConfigError, build_config, load_config
 from lightbulb.evaluation.trial import SyntheticBatch

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 from processes import Command
-from runs import TRAIN, reached, wait_for
+from training_runs import TRAIN, reached, wait_for
 
 from lightbulb.train.agreement import facts_of, refusal
 from lightbulb.train.ancestry import is_launcher

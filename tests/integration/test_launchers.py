@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import STEPS, TRAIN, losses, reached, wait_for
+from training_runs import STEPS, TRAIN, losses, reached, wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,7 @@
 """The pretrain command as users run it: interrupted, resumed, on other layouts, with bad input."""
 
 import pytest
-from runs import STEPS, losses
+from training_runs import STEPS, losses
 
 
 def test_resuming_on_other_layouts_continues_the_same_losses(start, run_file, tmp_path):

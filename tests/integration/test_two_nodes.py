@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from runs import STEPS, final_hashes, losses
+from training_runs import STEPS, final_hashes, losses
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
-from runs import write_run_file
+from training_runs import write_run_file
 
 from lightbulb.launcher import doctor
 from lightbulb.planning import survey

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from runs import write_run_file
+from training_runs import write_run_file
 
 from lightbulb.config import load_config
 from lightbulb.train.config import RunConfig
