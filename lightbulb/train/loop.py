@@ -96,8 +96,11 @@ class Trainer:
             if stopping and self.step < train.steps:
                 break
         self.saver.wait()
+        if self.step < train.steps:
+            self._signals.pop_all()  # the process ends: a launcher that asks twice shall not turn that into a failure
+            return False
         self._signals.close()
-        return self.step == train.steps
+        return True
 
     def evaluate(self, max_contexts: int | None = None, stop: StopSignal | None = None) -> dict[str, float]:
         """Held-out loss and bits per byte, written to the metrics; empty when a stop cut it short.
