@@ -71,8 +71,10 @@ class Checkpoint:
 
     def problems(self, rank: int = 0, world_size: int = 1) -> Iterator[str]:
         """What is wrong with this rank's share of the files."""
-        yield from check_files(self.folder, self.manifest, rank, world_size, self._hash)
-        _ = self.state  # checked as well, behind its hash
+        found = list(check_files(self.folder, self.manifest, rank, world_size, self._hash))
+        yield from found
+        if not found:
+            _ = self.state  # a damaged one raises; every rank needs it
 
     def read(self, name: str, slices: tuple[slice, ...], shape: tuple[int, ...]) -> Tensor:
         """The part of a logical tensor that the slices select; it may be a view of a file.

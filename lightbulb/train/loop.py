@@ -103,8 +103,11 @@ class Trainer:
                 break
         with self._watchdog.section("save", self.step):
             self.saver.wait()
+        if self.step < train.steps:
+            self._signals.pop_all()  # the process ends: a launcher that asks twice shall not turn that into a failure
+            return False
         self._signals.close()
-        return self.step == train.steps
+        return True
 
     def evaluate(self, max_contexts: int | None = None, stop: StopSignal | None = None) -> dict[str, float]:
         """Held-out loss and bits per byte, written to the metrics; empty when a stop cut it short.
