@@ -40,6 +40,7 @@ from lightbulb.train.manifest import CheckpointError
 from lightbulb.train.restart import Job, default_ranks, supervise
 
 REFUSALS = (ConfigError, DataError, FolderError, CheckpointError, TrainingError, RankError, LaunchError)
+AGREED = (ConfigError, TrainingError, RankError)
 
 
 def main(argv: list[str]) -> int:
@@ -102,7 +103,7 @@ def pretrain(config: RunConfig, outcome: Path | None = None) -> int:
         except Exception as error:
             if isinstance(error, REFUSALS) and not isinstance(error, FolderInUse):
                 write_outcome(outcome, "refused")
-            raise announce(error, REFUSALS) from None
+            raise announce(error, REFUSALS, AGREED) from None
     if finished or watch.gone() is None:
         write_outcome(outcome, "finished" if finished else "stopped")
     return 0
