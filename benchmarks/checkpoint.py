@@ -59,7 +59,7 @@ def build_engine(layers: int) -> Engine:
 def train_step(engine: Engine, saver: Saver | None = None) -> None:
     """One step on one short row: the point is that the weights change."""
     rows = torch.randint(0, VOCAB, (1, LENGTH + 1))
-    engine.forward_backward([SyntheticBatch(rows[:, :-1], rows[:, 1:], None)])
+    engine.forward_backward([SyntheticBatch(rows[:, :-1], rows[:, 1:], None, torch.arange(1))])
     if saver is not None:
         saver.settle()
     engine.update(1e-4)

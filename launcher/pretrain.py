@@ -37,14 +37,17 @@ from lightbulb.train.config import RunConfig
 from lightbulb.train.ending import Announced, announce, write_outcome
 from lightbulb.train.loop import TrainingError, open_trainer
 from lightbulb.train.manifest import CheckpointError
+from lightbulb.train.output import outlive_readers
 from lightbulb.train.restart import Job, default_ranks, supervise
 
 REFUSALS = (ConfigError, DataError, FolderError, CheckpointError, TrainingError, RankError, LaunchError)
+AGREED = (ConfigError, TrainingError, RankError)
 
 
 def main(argv: list[str]) -> int:
     """Run the command; 0 when the run is complete or was stopped by a signal after saving."""
     options = _parser().parse_args(argv)
+    outlive_readers()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("lightbulb").setLevel(logging.INFO)
     try:
@@ -90,7 +93,8 @@ def pretrain(config: RunConfig, outcome: Path | None = None) -> int:
         logging.getLogger("lightbulb").setLevel(logging.INFO if dist.get_rank() == 0 else logging.ERROR)
         try:
             with open_trainer(config, device) as trainer:
-                finished = trainer.run()
+                if not (finished := trainer.run()):
+                    watch.stand_down()
                 held_out = trainer.evaluate() if finished else None
                 facts = trainer.facts()
                 settled, folder = trainer.config, trainer.folder
@@ -102,7 +106,7 @@ def pretrain(config: RunConfig, outcome: Path | None = None) -> int:
         except Exception as error:
             if isinstance(error, REFUSALS) and not isinstance(error, FolderInUse):
                 write_outcome(outcome, "refused")
-            raise announce(error, REFUSALS) from None
+            raise announce(error, REFUSALS, AGREED) from None
     if finished or watch.gone() is None:
         write_outcome(outcome, "finished" if finished else "stopped")
     return 0

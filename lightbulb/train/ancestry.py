@@ -63,6 +63,7 @@ class LauncherWatch:
     """Stops this process as SIGTERM does when one of its launchers is gone, and after a grace in any case."""
 
     def __init__(self) -> None:
+        self._is_needed = True
         self._chain = {process: _name(process) for process in launchers()}
         if self._chain:
             threading.Thread(target=self._watch, name="launcher watch", daemon=True).start()
@@ -71,8 +72,12 @@ class LauncherWatch:
         """A launcher that has ended."""
         return next((process for process in self._chain if not _lives(process)), None)
 
+    def stand_down(self) -> None:
+        """This process is ending by itself; a signal now would only spoil its exit code."""
+        self._is_needed = False
+
     def _watch(self) -> None:
-        while (gone := self.gone()) is None:
+        while (gone := self.gone()) is None or not self._is_needed:
             time.sleep(POLL_SECONDS)
         rank = os.environ.get("RANK", "0")
         _say(f"rank {rank}: its launcher {self._chain[gone]} (pid {gone.pid}) is gone; saving and ending")

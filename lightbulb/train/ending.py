@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightbulb.folder import write_atomically
-from lightbulb.parallel.collective import RankError, is_lost_peer
+from lightbulb.parallel.collective import is_lost_peer
 
 Outcome = Literal["finished", "stopped", "refused"]
 """Of a whole job: complete; stopped by a signal after saving; ended by an error that a restart would only repeat."""
@@ -18,7 +18,9 @@ class Announced(Exception):
     """An error that :func:`announce` has already shown."""
 
 
-def announce(error: Exception, expected: tuple[type[Exception], ...]) -> Announced:
+def announce(
+    error: Exception, expected: tuple[type[Exception], ...], agreed: tuple[type[Exception], ...] = ()
+) -> Announced:
     """Say on stderr what ended this rank.
 
     It must be called before the process group is left: the other ranks fail when this one leaves, and their lines
@@ -26,11 +28,12 @@ def announce(error: Exception, expected: tuple[type[Exception], ...]) -> Announc
 
     Args:
         error: what was raised.
+        agreed: errors every rank raises alike; one rank of each machine says them.
         expected: errors whose message is all there is to say; others come with their traceback.
     """
     rank = int(os.environ.get("RANK", "0"))
-    if isinstance(error, RankError) and int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        return Announced()  # the same sentence from every rank of a machine tells nobody more
+    if isinstance(error, agreed) and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        return Announced()
     if isinstance(error, expected):
         text = f"error: {error}"
     elif is_lost_peer(error):

@@ -212,7 +212,9 @@ class Watchdog:
             how = "stopped by a signal" if process.status() == psutil.STATUS_STOPPED else "holds the interpreter"
             process.send_signal(STACK_SIGNAL)
             process.send_signal(signal.SIGCONT)  # its handler is in C and runs before anything else does
-            time.sleep(0.5)
+            stacks, end = self.folder / f"hang-rank-{rank}.txt", time.monotonic() + 1.0
+            while not stacks.stat().st_size and time.monotonic() < end:
+                time.sleep(0.002)  # not longer than needed: once awake, a stopped rank goes on training
             process.kill()
         except psutil.Error:  # another rank was faster
             return f" (pid {peer.pid} was killed)"

@@ -120,7 +120,7 @@ def _engine(model: dict[str, Any], parallel: ParallelConfig, precision: Any = "f
 
 def _batches(rank: int) -> list[SyntheticBatch]:
     rows = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(rank))
-    return [SyntheticBatch(rows[:, :-1], rows[:, 1:], None)]
+    return [SyntheticBatch(rows[:, :-1], rows[:, 1:], None, torch.arange(2))]
 
 
 def _spike(rank: int, parallel: ParallelConfig) -> list[Any]:

@@ -15,11 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from processes import Command
+from processes import _CONTEXT, Command
 from training_runs import TRAIN, reached, wait_for
 
 from lightbulb.train.agreement import facts_of, refusal
@@ -143,6 +146,27 @@ def test_other_code_and_packages_are_named_too(tmp_path: Path) -> None:
     assert said.count("\n") == 2
     real = facts_of(config)
     assert "code lightbulb/train/loop.py" in real and "version of python" in real
+
+
+def test_a_run_outlives_the_reader_of_its_output(run_file: RunFile, tmp_path: Path) -> None:
+    path = run_file(train=TRAIN | {"log_every": 1})
+    reading, writing = os.pipe()
+    process = _CONTEXT.Process(target=_pretrain_into, args=(DupFd(writing), str(path)))
+    process.start()
+    os.close(writing)
+    wait_for(lambda: reached(tmp_path / "run", 1))
+    os.close(reading)
+    process.join(60.0)
+    assert process.exitcode == 0
+    assert reached(tmp_path / "run", TRAIN["steps"])
+
+
+def _pretrain_into(pipe: Any, path: str) -> None:
+    descriptor = pipe.detach()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.exit(import_module("lightbulb.launcher.pretrain").main([path]))
 
 
 RANK = """
