@@ -176,7 +176,7 @@ def test_experts_without_tokens_have_zero_gradients_and_the_exchange_does_not_ha
 def test_when_all_tokens_are_dropped_the_layer_adds_nothing() -> None:
     x = torch.randn(6, 4, requires_grad=True)
     gates = torch.full((6, 2), 0.5, requires_grad=True)
-    rows, plan = dispatch(x, Routing(gates, torch.zeros(6, 2, dtype=torch.long)), NUM_EXPERTS, SINGLE, 0)
+    receive, plan = dispatch(x, torch.zeros(6, 2, dtype=torch.long), NUM_EXPERTS, SINGLE, 0)
     y = combine(rows, gates, plan)
     y.sum().backward()
     assert plan.counts == [0] * NUM_EXPERTS and torch.equal(y, torch.zeros(6, 4))

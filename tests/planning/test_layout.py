@@ -55,7 +55,7 @@ def test_every_axis_takes_its_share(run: RunConfig) -> None:
 
 def test_data_parallelism_comes_first_and_memory_forces_the_rest(run: RunConfig) -> None:
     labels = []
-    for gib in (80, 24, 9):
+    for gib in (80, 24, 12):
         choice = choose_layout(run, 8, 4, gib * GIB, bf16=True)
         assert choice is not None and choice.fits
         assert choice.memory.total <= USABLE * gib * GIB
