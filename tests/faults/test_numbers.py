@@ -177,7 +177,7 @@ def test_when_all_tokens_are_dropped_the_layer_adds_nothing() -> None:
     x = torch.randn(6, 4, requires_grad=True)
     gates = torch.full((6, 2), 0.5, requires_grad=True)
     receive, plan = dispatch(x, torch.zeros(6, 2, dtype=torch.long), NUM_EXPERTS, SINGLE, 0)
-    y = combine(rows, gates, plan)
+    y = combine(receive(), gates, plan)
     y.sum().backward()
     assert plan.counts == [0] * NUM_EXPERTS and torch.equal(y, torch.zeros(6, 4))
     assert torch.equal(x.grad, torch.zeros(6, 4)) and torch.equal(gates.grad, torch.zeros(6, 2))
