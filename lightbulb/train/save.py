@@ -42,7 +42,7 @@ from lightbulb.train.manifest import (
     step_folder,
     write_manifest,
 )
-from lightbulb.train.tensor_file import FileRecord, write_synced, write_tensors
+from lightbulb.train.tensor_file import FileRecord, sync_file, write_synced, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -258,6 +258,8 @@ class _Writing(threading.Thread):
                 where = {"file": file, "key": key, "start": list(box.start), "shape": list(box.values.shape)}
                 stored.append({"name": box.name, "shape": list(box.shape), "part": where})
             files[file] = entry(write_tensors(self.partial / file, keyed))
+        for file in files:  # only now: the disk wrote the first file while the next one was copied
+            sync_file(self.partial / file)
         if self._before is not None:
             self._before()
         record = self.partial / _record_name(self._rank)  # read by rank 0 only: it need not be on disk

@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -44,7 +45,7 @@ class FileRecord(NamedTuple):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write float32 tensors of any device to a new file and wait until it is on disk.
+    """Write float32 tensors of any device to a new file; :func:`sync_file` then waits until it is on disk.
 
     Tensors are taken one at a time: beyond them, memory for one that is not on the CPU is needed at most.
 
@@ -53,14 +54,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """
     header = _header(tensors)
     size = len(header) + ITEM * sum(tensor.numel() for tensor in tensors.values())
-    with explained(path, size), path.open("wb", buffering=0) as file:
-        writer = _Writer(file)
+    with explained(path, size), path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        writer = _Writer(file, hasher)
         writer.write(memoryview(header))
         for tensor in tensors.values():
             values = tensor.detach().to("cpu").contiguous()
             writer.write(memoryview(values.view(-1).numpy().view(np.uint8)))  # type: ignore[arg-type]
-        os.fsync(file.fileno())
     return FileRecord(size, writer.digest.hexdigest())
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a written file is on disk (its folder's entry aside).
+
+    Raises:
+        FolderError: it could not be written.
+    """
+    with explained(path), path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -193,22 +203,23 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 class _Writer:
-    """Hashes and writes bytes piece by piece; other threads run meanwhile."""
+    """Writes bytes piece by piece while another thread hashes them; Python's lock is free meanwhile."""
 
-    def __init__(self, file: Any):
+    def __init__(self, file: Any, hasher: ThreadPoolExecutor):
         self.file, self.digest = file, xxhash.xxh3_128()
-        self._pending = 0
+        self._hasher, self._pending = hasher, 0
 
     def write(self, values: memoryview) -> None:
         for start in range(0, len(values), CHUNK):
             piece = values[start : start + CHUNK]
-            self.digest.update(piece)
+            hashed = self._hasher.submit(self.digest.update, piece)
             self._pending += len(piece)
             while len(piece):  # an unbuffered file may take less than it was given, as at a size limit
                 piece = piece[self.file.write(piece) :]
             if self._pending >= WRITEBACK:
                 self._pending = 0
                 _start_writeback(self.file.fileno())
+            hashed.result()
 
 
 def _start_writeback(descriptor: int) -> None:
