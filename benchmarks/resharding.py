@@ -215,8 +215,9 @@ that resumes the checkpoint the part before it saved.
 - `lightbulb verify --data`: {result["ledger_samples"]} samples in {steps} steps, {verdict}.
 
 Adam's eps is 1e-6 here. Layouts add in different orders, so gradients differ in their last bits on any two of them,
-resumed or not; with eps 1e-8 and three times the learning rate, gradients that are nothing but rounding made full Adam
-steps and the same script ended with losses 2e-3 apart, the states it loaded and saved again still equal bit for bit.
+resumed or not. With eps 1e-8 and three times the learning rate the same script ended with losses 2e-3 apart, the states
+it loaded and saved again still equal bit for bit; the likely cause is Adam, which turns gradients that are nothing but
+rounding into full steps (no run without checkpoints was made to confirm it).
 
 ```
 {json.dumps(result)}
