@@ -89,18 +89,20 @@ class Bench:
         saver.save(TrainState(self.step, 0, self.engine.optimizer_step, 0, {}, {}, "one process"))
 
     def save_torch(self) -> None:
-        """`torch.save` to the disk."""
-        with (self.folder / "torch.pt").open("wb") as file:
+        """`torch.save` to the disk; like a checkpoint, the old file goes when the new one is complete."""
+        with (self.folder / "new.pt").open("wb") as file:
             torch.save(self.tensors, file)
             file.flush()
             os.fsync(file.fileno())
+        (self.folder / "new.pt").replace(self.folder / "torch.pt")
 
     def copy(self, sync: bool) -> None:
-        """A plain copy of as many bytes."""
-        shutil.copyfile(self.folder / "torch.pt", self.folder / "copy.pt")
+        """A plain copy of as many bytes, which replaces the last one when it is complete."""
+        shutil.copyfile(self.folder / "torch.pt", self.folder / "new.pt")
         if sync:
-            with (self.folder / "copy.pt").open("rb") as file:
+            with (self.folder / "new.pt").open("rb") as file:
                 os.fsync(file.fileno())
+        (self.folder / "new.pt").replace(self.folder / "copy.pt")
 
     def load(self) -> None:
         """Verify and load as a run does."""
