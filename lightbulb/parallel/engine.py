@@ -248,10 +248,9 @@ class Engine:
             use_distributed_optimizer=self.parallel.distributed_optimizer,
             overlap_grad_reduce=self.device.type == "cuda",
         )
-        wrapped = [
-            DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
-            for index, chunk in enumerate(self.chunks)
-        ]
+        # Megatron's disable_bucketing for later chunks would gather bfloat16 and float32 weights in one message, which
+        # gloo garbles.
+        wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in self.chunks]
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if is_interleaved else no_sync[0]
         return wrapped

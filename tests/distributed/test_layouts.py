@@ -142,3 +142,22 @@ def test_a_tied_table_that_crosses_shards(ranks: RankPool, referenced: Reference
     trial = replace(trial, parallel=ParallelConfig(**options, data=2), micro_batch_size=2)
     result = compare_layout(trial, reference, folder, ranks)
     assert result.ok, "\n".join(result.failures)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(tensor=2, sequence=True, expert_tensor=1, expert=2, data=1),
+        ParallelConfig(ulysses=2, pipeline=2, interleave=2, data=1, recompute="full"),
+    ],
+    ids=ParallelConfig.label,
+)
+def test_bfloat16_stays_close_on_split_sequences(
+    ranks: RankPool, referenced: Referenced, parallel: ParallelConfig
+) -> None:
+    trial, reference, folder = referenced()
+    trial = replace(trial, parallel=parallel, micro_batch_size=2, precision="bf16")
+    worst = compare_layout(trial, reference, folder, ranks).worst
+    assert worst["loss"].value < 0.005
+    assert worst["grad_norm"].value < 0.02
+    assert worst["weight"].value < 0.02
