@@ -32,10 +32,11 @@ MODEL: dict[str, Any] = {
 
 
 class Batch(NamedTuple):
-    """``[batch, length]`` token ids, as the engine expects."""
+    """``[batch, length]`` token ids and ``[batch]`` sample ids, as the engine expects."""
 
     tokens: Tensor
     labels: Tensor
+    sample_ids: Tensor
     document_ids: None = None
 
 
@@ -45,7 +46,8 @@ def train(rank: int, parallel: ParallelConfig) -> list[float]:
     engine = Engine(model, parallel, OptimizerConfig(lr=1e-2), "fp32", 0, torch.device("cpu"))
     rows = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(0))
     rows = rows.chunk(parallel.data or 1)[engine.data_rank]
-    losses = [engine.train_step([Batch(rows[:, :-1], rows[:, 1:])], 1e-2).loss for _ in range(STEPS)]
+    batch = Batch(rows[:, :-1], rows[:, 1:], torch.arange(len(rows)))
+    losses = [engine.train_step([batch], 1e-2).loss for _ in range(STEPS)]
     engine.close()
     return losses
 
