@@ -212,13 +212,20 @@ class Watchdog:
             how = "stopped by a signal" if process.status() == psutil.STATUS_STOPPED else "holds the interpreter"
             process.send_signal(STACK_SIGNAL)
             process.send_signal(signal.SIGCONT)  # its handler is in C and runs before anything else does
-            stacks, end = self.folder / f"hang-rank-{rank}.txt", time.monotonic() + 1.0
-            while not stacks.stat().st_size and time.monotonic() < end:
-                time.sleep(0.002)  # not longer than needed: once awake, a stopped rank goes on training
+            self._await_stack(self.folder / f"hang-rank-{rank}.txt")
             process.kill()
         except psutil.Error:  # another rank was faster
             return f" (pid {peer.pid} was killed)"
         return f" (pid {peer.pid}, {how}; killed)"
+
+    def _await_stack(self, stacks: Path) -> None:
+        """Until a file has come and stopped growing; not longer, for once awake a stopped rank goes on training."""
+        size, end = 0, time.monotonic() + 1.0
+        while time.monotonic() < end:
+            time.sleep(0.03)
+            before, size = size, stacks.stat().st_size
+            if size and size == before:
+                return
 
     def _end(self, sentence: str) -> NoReturn:
         try:
