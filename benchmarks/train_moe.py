@@ -147,10 +147,10 @@ def mixtral_weights(ours: nn.Module) -> dict[str, Tensor]:
         theirs |= {peer + theirs_name: weights[block + name] for name, theirs_name in names.items()}
         for expert in range(EXPERTS):
             inside = f"{peer}block_sparse_moe.experts.{expert}."
-            theirs[inside + "w1.weight"], theirs[inside + "w3.weight"] = weights[block + "channel.experts.gate_up"][
-                expert
-            ].unbind(0)
-            theirs[inside + "w2.weight"] = weights[block + "channel.experts.down"][expert]
+            theirs[inside + "w1.weight"], theirs[inside + "w3.weight"] = weights[
+                block + "channel.experts.gate_up.weight"
+            ][expert].unbind(0)
+            theirs[inside + "w2.weight"] = weights[block + "channel.experts.down.weight"][expert]
     return theirs
 
 

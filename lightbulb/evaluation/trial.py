@@ -20,7 +20,7 @@ from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import initialise, logical_of
-from lightbulb.parallel.engine import Engine, StepResult
+from lightbulb.parallel.engine import Engine, StepResult, router_label
 from lightbulb.parallel.host import Precision
 from lightbulb.parallel.optimizer import MOMENTS, OptimizerConfig
 from lightbulb.parallel.topology import ParallelConfig
@@ -173,7 +173,7 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
         results.append(result)
     end = {f"weight/{name}": p.detach() for name, p in parameters.items()}
     end |= {f"{moment}/{name}": optimizer.state[p][moment] for name, p in parameters.items() for moment in MOMENTS}
-    end |= {f"load/{name}": router.load for name, router in _routers(model)}
+    end |= {f"router/{name}.{key}": value for name, router in _routers(model) for key, value in router.named_buffers()}
     save_file(end, _end_file(folder))
     return Reference(results, clip_grad, {name: tuple(p.shape) for name, p in parameters.items()})
 
@@ -199,8 +199,9 @@ def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) ->
         for name, parameter in parameters.items():
             _compare_end(report, trial.steps, engine, name, parameter, tensors)
         for name, router in engine.routers():
-            load = tensors.get_tensor(f"load/{name}")
-            report.compare("router", trial.steps, f"{name}.load", router.load, load)
+            for key, value in router.named_buffers():
+                expected_value = tensors.get_tensor(f"router/{name}.{key}")
+                report.compare("router", trial.steps, f"{name}.{key}", value, expected_value)
     engine.close()
     return report
 
@@ -229,7 +230,7 @@ def _plain_gradients(model: LanguageModel, batch: SyntheticBatch, seed: int) -> 
     for name, router in _routers(model):
         sums = router.statistics.take(loss.device)
         router.set_load(sums[: router.num_experts])
-        result.routers[name.split(".")[1]] = summarise(sums, router.num_experts)
+        result.routers[router_label(name)] = summarise(sums, router.num_experts)
     return result, gradients
 
 

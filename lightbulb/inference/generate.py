@@ -14,7 +14,7 @@ Shapes: B batch (sequences or beams), T tokens, V vocabulary.
 import codecs
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -230,10 +230,13 @@ def beam_search(
 
 def reorder_state(state: ModelState, rows: Tensor) -> ModelState:
     """The state whose sequence i is the old sequence ``rows[i]``; rows may repeat or be left out."""
-    return {
-        name: {key: tensor.index_select(0, rows) for key, tensor in part.items()} if isinstance(part, dict) else part
-        for name, part in state.items()
-    }
+
+    def pick(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: pick(inner) for name, inner in part.items()}
+        return part.index_select(0, rows) if isinstance(part, Tensor) else part
+
+    return pick(state)
 
 
 def _best_candidates(totals: Tensor, logits: Tensor, count: int) -> list[tuple[int, int, float]]:

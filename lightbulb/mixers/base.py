@@ -7,19 +7,20 @@ sequence parallelism a rank's activations between mixers are the consecutive pos
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightbulb.config import Config, Cost
+from lightbulb.nn.bank import ExpertBank
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import Init
 from lightbulb.nn.recompute import Recompute
 
 DecodeState = dict[str, Tensor]
-"""What one layer carries from token to token; every tensor has the batch as its first dimension, so that beam
-search can reorder any state without knowing the mixer."""
+"""What one mixer carries from token to token; every tensor has the batch as its first dimension, so that beam
+search can reorder any state without knowing the mixer. Empty for a mixer that treats every token for itself."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,11 @@ class Context:
     """What all layers of one forward pass share.
 
     Attributes:
-        positions: ``[length]`` positions of all tokens, from 0 at the start of the context.
+        positions: positions of all tokens, from 0 at the start of the context: ``[length]``, or ``[length, batch]``
+            where samples keep different tokens (see :attr:`TokenMixerConfig.keeps_gaps`).
         document_ids: ``[batch, length]`` or None; when given, no token may see another document.
+        present: ``[batch, length]`` bool or None; where false there is no token but a filler, which no token may see
+            and whose result nobody reads. Comes with positions per sample only.
         rows: the positions this rank holds between mixers.
         noise: source of dropout and jitter, or None outside training.
         place: name of the part that reads this context, for its noise.
@@ -37,6 +41,7 @@ class Context:
 
     positions: Tensor
     document_ids: Tensor | None = None
+    present: Tensor | None = None
     rows: slice = field(default_factory=lambda: slice(None))
     noise: Noise | None = None
     place: str = ""
@@ -59,10 +64,39 @@ class Context:
         return x if noise is None else x * ((noise >= probability).to(x.dtype) / (1 - probability))
 
 
-class TokenMixerConfig(Config, ABC):
+class Facts(NamedTuple):
+    """What a reader of the list of parts wants to know of one.
+
+    Attributes:
+        paper: where it comes from: title, year, arXiv number.
+        shards: the axes that split it: "tensor", "sequence", "ulysses", "expert".
+        state: what decoding carries per sequence, as a formula of the config's fields; "none" for nothing.
+        limits: what it refuses or leaves out, in a few words.
+    """
+
+    paper: str
+    shards: tuple[str, ...]
+    state: str
+    limits: str = ""
+
+
+class _MixerConfig(Config, ABC):
+    type: str
+    facts: ClassVar[Facts]
+
+    def check_tensor_parallel(self, degree: int) -> None:
+        """Raise ValueError, naming field, value and fix, when the part cannot be split over ``degree`` ranks."""
+
+    def routers(self) -> dict[str, int]:
+        """Module name inside the mixer of each :class:`~lightbulb.routing.router.Router`, with its experts."""
+        return {}
+
+
+class TokenMixerConfig(_MixerConfig, ABC):
     """Config of a part that mixes along the sequence."""
 
-    type: str
+    keeps_gaps: ClassVar[bool] = False
+    """Takes positions of its own for each sample, with gaps, and fillers (``Context.present``)."""
 
     @abstractmethod
     def build(self, dim: int, context_length: int, init: Init) -> "TokenMixer":
@@ -71,9 +105,6 @@ class TokenMixerConfig(Config, ABC):
     @abstractmethod
     def cost(self, dim: int, context_length: int) -> Cost:
         """Parameters and FLOPs per token, averaged over a full context."""
-
-    def check_tensor_parallel(self, degree: int) -> None:
-        """Raise ValueError, naming field, value and fix, when the part cannot be split over ``degree`` ranks."""
 
     def check_ulysses(self, tensor: int, ulysses: int) -> None:
         """Raise ValueError, naming field, value and fix, when the part cannot run on split sequences."""
@@ -96,10 +127,11 @@ class TokenMixer(nn.Module, ABC):
         """An empty decode state for sequences up to ``max_length``."""
 
 
-class ChannelMixerConfig(Config, ABC):
+class ChannelMixerConfig(_MixerConfig, ABC):
     """Config of a part that mixes along the features of each token."""
 
-    type: str
+    spreads_experts: ClassVar[bool] = False
+    """Has whole experts to spread over the expert axis."""
 
     @abstractmethod
     def build(self, dim: int, init: Init) -> "ChannelMixer":
@@ -109,8 +141,10 @@ class ChannelMixerConfig(Config, ABC):
     def cost(self, dim: int) -> Cost:
         """Parameters and FLOPs per token."""
 
-    def check_tensor_parallel(self, degree: int) -> None:
-        """Raise ValueError, naming field, value and fix, when the part cannot be split over ``degree`` ranks."""
+    def build_experts(self, num_experts: int, dim: int, init: Init) -> nn.Module:
+        """This mixer once per expert: called with ``rows [R, dim]`` sorted by expert, ``counts`` of each local expert
+        and a context, it gives ``[R, dim]``, partial sums over the expert tensor axis."""
+        return ExpertBank(num_experts, lambda: self.build(dim, init))
 
     def check_expert_parallel(self, expert: int, expert_tensor: int) -> None:
         """Raise ValueError, naming field, value and fix, when the experts cannot be spread over ``expert`` ranks or
@@ -118,12 +152,19 @@ class ChannelMixerConfig(Config, ABC):
 
 
 class ChannelMixer(nn.Module, ABC):
-    """Mixes along the features; may route tokens to experts."""
+    """Mixes along the features; may route tokens, or segments of them, to experts."""
 
     @abstractmethod
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """``x [length, batch, dim]`` to the same shape."""
+    def forward(
+        self, x: Tensor, context: Context, state: DecodeState | None = None
+    ) -> tuple[Tensor, DecodeState | None]:
+        """As :meth:`TokenMixer.forward`."""
+
+    def init_state(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> DecodeState:
+        """An empty decode state; most channel mixers need none."""
+        return {}
 
 
 ModelState = dict[str, Any]
-"""Decode state of a whole model: layer name to :data:`DecodeState`, plus ``"position"`` (an int)."""
+"""Decode state of a whole model: layer name to the states of its mixers (nested dictionaries of tensors whose first
+dimension is the batch), plus ``"position"`` (an int)."""

@@ -6,16 +6,19 @@ stage it is the whole model.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 import lightbulb.mixers  # noqa: F401  (registers the parts a pattern can name)
-from lightbulb.config import Config, Cost
+from lightbulb.config import Config, Cost, Registered
 from lightbulb.mixers.base import Context, ModelState
 from lightbulb.models.block import Block, BlockConfig
+from lightbulb.models.modifier import ModifierConfig
+from lightbulb.models.stack import StackConfig, Stage
 from lightbulb.nn.cross_entropy import linear_cross_entropy
 from lightbulb.nn.embedding import VocabParallelEmbedding
 from lightbulb.nn.groups import enter_tensor_region, gather_last_dim, tensor_axis, ulysses_axis
@@ -38,16 +41,6 @@ class Degrees:
     sequence: bool = False
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The part of a model one pipeline stage holds: layers ``first`` to ``last - 1``, embedding, head."""
-
-    first: int
-    last: int
-    has_embedding: bool
-    has_head: bool
-
-
 class LanguageConfig(Config):
     """A causal language model."""
 
@@ -62,6 +55,8 @@ class LanguageConfig(Config):
     """Longest sequence the model is trained on."""
     block_pattern: list[BlockConfig] = Field(min_length=1)
     """Blocks, repeated in this order until there are ``num_layers``."""
+    modifiers: list[Annotated[ModifierConfig, Registered("modifier")]] = []
+    """Changes to blocks, stack and linear layers, each at most once; their order does not matter."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of setting a feature to zero, of the embeddings and of what each mixer adds."""
     tie_embeddings: bool = False
@@ -78,12 +73,37 @@ class LanguageConfig(Config):
                 f"block_pattern has {len(self.block_pattern)} blocks, which does not divide num_layers "
                 f"{self.num_layers}; make num_layers a multiple of it"
             )
+        types = [modifier.type for modifier in self.modifiers]
+        if twice := sorted({name for name in types if types.count(name) > 1}):
+            raise ValueError(f"modifiers names {twice[0]!r} twice; keep one")
         self.cost()  # parts check their own widths against dim here, before anything is built
         return self
 
     def layer(self, index: int) -> BlockConfig:
-        """The config of one layer."""
-        return self.block_pattern[index % len(self.block_pattern)]
+        """The config of one layer, modified."""
+        config = self.block_pattern[index % len(self.block_pattern)]
+        for modifier in self.sorted_modifiers():
+            config = modifier.block(index, config)
+        return config
+
+    def stack(self) -> StackConfig:
+        """The config of the stack, modified."""
+        config = StackConfig()
+        for modifier in self.sorted_modifiers():
+            config = modifier.stack(config)
+        return config
+
+    def sorted_modifiers(self) -> list[ModifierConfig]:
+        """The modifiers in the one order they are applied in."""
+        return sorted(self.modifiers, key=lambda modifier: modifier.type)
+
+    def routers(self) -> dict[str, int]:
+        """Module name of each router of the model, with its experts."""
+        return {
+            f"blocks.{layer}.{name}": num_experts
+            for layer in range(self.num_layers)
+            for name, num_experts in self.layer(layer).routers().items()
+        }
 
     def init(self) -> Init:
         """Initial standard deviations; what writes to the residual stream shrinks with depth."""
@@ -103,12 +123,13 @@ class LanguageConfig(Config):
     def cost(self) -> Cost:
         """The whole model. A token uses one row of the embedding, which counts as no active parameters."""
         embedding = Cost(self.vocab_size * self.dim, 0, 0.0)
-        return sum(self.layer_costs(), embedding) + self.head_cost()
+        plain = sum(self.layer_costs(), embedding) + self.stack().cost(self.num_layers, self.dim) + self.head_cost()
+        return sum((modifier.converted_cost(self._on_meta()) for modifier in self.modifiers), plain)
 
     def carried_widths(self, layer: int) -> list[int]:
         """Widths of the tensors ``[length, batch, width]`` that go into a layer: what a pipeline stage that starts
         there receives."""
-        return [self.dim]
+        return [self.dim] * self.stack().carried(layer, self.num_layers)
 
     def check_parallel(self, degrees: "Degrees") -> None:
         """Raise ValueError, naming field, value and fix, when the model cannot be split that way."""
@@ -140,13 +161,22 @@ class LanguageConfig(Config):
                         block.channel.check_expert_parallel(expert, degrees.expert_tensor)
                 except ValueError as error:
                     raise ValueError(f"model.block_pattern.{index}.{part}.{error}") from None
-            routed.append(hasattr(block.channel, "num_experts"))
+            routed.append(block.channel.spreads_experts)
+        for layer in range(self.num_layers):
+            self.layer(layer).check_sequence_parallel(tensor, ulysses, degrees.sequence)
         if expert > 1 and not any(routed):
             raise ValueError(f"parallel.expert {expert} has no effect: no block has experts; set parallel.expert: 1")
 
     def build(self, stage: Stage | None = None) -> "LanguageModel":
         """The model, or one stage of it, uninitialised."""
-        return LanguageModel(self, stage or Stage(0, self.num_layers, True, True))
+        model = LanguageModel(self, stage or Stage(0, self.num_layers, True, True))
+        for modifier in self.sorted_modifiers():
+            modifier.convert(model)
+        return model
+
+    def _on_meta(self) -> "LanguageModel":
+        with torch.device("meta"):
+            return LanguageModel(self, Stage(0, self.num_layers, True, True))
 
 
 class LanguageModel(nn.Module):
@@ -180,6 +210,7 @@ class LanguageModel(nn.Module):
                 for i in range(stage.first, stage.last)
             }
         )
+        self.stack = config.stack().build(config.num_layers, stage)
         self._received_widths = config.carried_widths(stage.first)
         if stage.has_head:
             self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -229,14 +260,15 @@ class LanguageModel(nn.Module):
         length = tokens.shape[1]
         positions = torch.arange(length, device=tokens.device)
         noise = noise if self.training else None
-        context = Context(positions, document_ids, self._rows(length), noise, recompute=self.recompute)
+        rows = self._rows(length)
+        context = Context(positions, document_ids, rows=rows, noise=noise, recompute=self.recompute)
         if self.pre_process:
             embedded = self.embedding(self.my_positions(tokens))
-            carried = [context.at("embedding").dropout(embedded, self.config.dropout)]
+            carried = self.stack.start(context.at("embedding").dropout(embedded, self.config.dropout))
         else:
             assert self._input is not None
             carried = list(self._input.split(self._received_widths, dim=-1))
-        carried = self.run_blocks(carried, context)
+        carried, _ = self.run_blocks(carried, context)
         if not self.post_process:
             return carried[0] if len(carried) == 1 else torch.cat(carried, dim=-1)
         x = self.norm(carried[0])
@@ -247,21 +279,25 @@ class LanguageModel(nn.Module):
         losses = linear_cross_entropy(hidden, self.head_weight(), labels.t().flatten(), self.axis)
         return losses.view(labels.shape[1], labels.shape[0]).t()
 
-    def run_blocks(self, carried: list[Tensor], context: Context) -> list[Tensor]:
+    def run_blocks(
+        self, carried: list[Tensor], context: Context, state: ModelState | None = None
+    ) -> tuple[list[Tensor], ModelState]:
         """This stage's blocks, from what the first of them takes (``config.carried_widths``) to what the next stage's
-        first block takes; the head reads the first tensor."""
-        (x,) = carried
+        first block takes; the head reads the first tensor. With the decode state of each block, and to it."""
+        updated: ModelState = {}
         for name, block in self.blocks.items():
-            here = context.at(name)
-            x, _ = recompute(block, x, here) if self.recompute == "full" else block(x, here)
-        return [x]
+            here, past = context.at(name), None if state is None else state[name]
+            run = partial(recompute, block) if self.recompute == "full" else block
+            x, updated[name] = run(carried[0], here, past)
+            carried = self.stack.after(int(name), x, carried)
+        return carried, updated
 
     def init_state(self, batch_size: int, max_length: int) -> ModelState:
         """Empty decode state of every layer, for sequences up to ``max_length``."""
         weight = self.head_weight()
         blocks: dict[str, Block] = dict(self.blocks.items())  # type: ignore[arg-type]
         state: ModelState = {
-            name: block.token.init_state(batch_size, max_length, weight.device, weight.dtype)
+            name: block.init_state(batch_size, max_length, weight.device, weight.dtype)
             for name, block in blocks.items()
         }
         return state | {"position": 0}
@@ -270,11 +306,8 @@ class LanguageModel(nn.Module):
         """Continue the sequences in ``state`` by ``tokens [batch, length]``: logits ``[batch, length, vocab]``."""
         start, length = state["position"], tokens.shape[1]
         context = Context(torch.arange(start, start + length, device=tokens.device))
-        updated: ModelState = {"position": start + length}
-        x = self.embedding(tokens)
-        for name, block in self.blocks.items():
-            x, updated[name] = block(x, context, state[name])
-        return self._logits(self.norm(x)), updated
+        carried, updated = self.run_blocks(self.stack.start(self.embedding(tokens)), context, state)
+        return self._logits(self.norm(carried[0])), updated | {"position": start + length}
 
     def _rows(self, length: int) -> slice:
         """The positions this rank holds between mixers: Ulysses cuts first, then the tensor axis."""

@@ -9,6 +9,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from lightbulb.nn.activation import swiglu, swiglu_grad_
+from lightbulb.nn.groups import Axis
+from lightbulb.nn.linear import SplitLinear
+from lightbulb.nn.parameter import Logical, make_parameter
 from lightbulb.nn.precision import product_dtype
 
 
@@ -43,6 +46,44 @@ def grouped_swiglu(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int
         return _GroupedSwiGLU.apply(rows, gate_up, down, counts)
     gate, up = grouped_linear(rows, gate_up, counts).chunk(2, dim=-1)
     return grouped_linear(swiglu(gate, up), down, counts)
+
+
+class GroupedLinear(SplitLinear):
+    """One matrix per expert, or several: ``weight [experts, out, in]``, or ``[experts, parts, out, in]``.
+
+    Args:
+        num_experts: over all ranks.
+        in_features: size of the logical input.
+        out_features: size of the logical output (of each part).
+        std: standard deviation of the initial weights.
+        axis: the tensor axis that splits the matrices.
+        expert: the axis over which experts are spread.
+        has_split_input: the input features are split over the axis, not the output features.
+        parts: matrices per expert that share their input.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        std: float,
+        axis: Axis,
+        expert: Axis,
+        has_split_input: bool = False,
+        parts: int = 1,
+    ):
+        super().__init__()
+        self.axis, self.has_split_input = axis, has_split_input
+        shape = (num_experts, *([parts] if parts > 1 else []), out_features, in_features)
+        split = len(shape) - (1 if has_split_input else 2)
+        self.weight = make_parameter(Logical(shape, std, split, axis, expert, is_expert=True))
+
+    def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """``rows [R, in]`` sorted by expert to ``[R, parts x out]``: local parts, summed over no axis."""
+        x, weight = self.quantized(rows)
+        product = grouped_linear(x, weight.flatten(1, -2), counts)
+        return product if self.adapter is None else product + self.adapter(rows, counts)
 
 
 class _GroupedLinear(torch.autograd.Function):

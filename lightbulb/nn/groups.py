@@ -5,7 +5,9 @@ inference on one device) every axis has one rank and layers behave as their plai
 """
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,17 +31,20 @@ class Axis:
         size: its ranks.
         sequence: on a tensor axis: outside tensor regions every rank holds its own part of the sequence (Megatron's
             sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
+        inside: the layer lives inside a tensor region that its owner enters and leaves (an expert).
     """
 
     group: ProcessGroup | None = None
     rank: int = 0
     size: int = 1
     sequence: bool = False
+    inside: bool = False
 
 
 SINGLE = Axis()
 
 _sequence_parallel = False
+_inside_experts = False
 
 
 def set_sequence_parallel(value: bool) -> None:
@@ -47,6 +52,18 @@ def set_sequence_parallel(value: bool) -> None:
     when it makes the groups."""
     global _sequence_parallel
     _sequence_parallel = value
+
+
+@contextmanager
+def inside_experts() -> Iterator[None]:
+    """Layers built here are experts: their tensor axis is the expert tensor axis, and the regions around them are
+    entered and left by the mixer that owns the experts."""
+    global _inside_experts
+    before, _inside_experts = _inside_experts, True
+    try:
+        yield
+    finally:
+        _inside_experts = before
 
 
 def _axis(group: ProcessGroup, sequence: bool = False) -> Axis:
@@ -58,6 +75,9 @@ def tensor_axis() -> Axis:
     position under sequence parallelism."""
     if not parallel_state.model_parallel_is_initialized():
         return SINGLE
+    if _inside_experts:
+        axis = expert_tensor_axis()
+        return axis if axis.group is None else replace(axis, sequence=False, inside=True)
     return _axis(parallel_state.get_tensor_model_parallel_group(), _sequence_parallel)
 
 
@@ -88,7 +108,7 @@ def enter_tensor_region(x: Tensor, axis: Axis) -> Tensor:
 
     Without sequence parallelism the identity; with it, all-gather forward and reduce-scatter backward.
     """
-    if axis.group is None:
+    if axis.group is None or axis.inside:
         return x
     if axis.sequence:
         return mappings.gather_from_sequence_parallel_region(x, group=axis.group)
@@ -106,12 +126,27 @@ def share_in_tensor_region(x: Tensor, axis: Axis) -> Tensor:
 def exit_tensor_region(x: Tensor, axis: Axis) -> Tensor:
     """After weights split over the tensor axis: partial results summed; with sequence parallelism each rank keeps its
     part of the positions."""
-    if axis.group is None:
+    if axis.group is None or axis.inside:
         return x
     if axis.sequence:
         return mappings.reduce_scatter_to_sequence_parallel_region(x, group=axis.group)
     # Megatron's reduction works in place on x.contiguous(): on a strided x it would reduce a temporary copy.
     return mappings.reduce_from_tensor_model_parallel_region(x.contiguous(), axis.group)
+
+
+def sum_over(x: Tensor, axis: Axis) -> Tensor:
+    """Inside a tensor region: partial values (a statistic over split features) summed over the axis, for use by each
+    rank on its own part; gradients are partial too, and summed backward."""
+    return x if axis.group is None else _SumOver.apply(x, axis.group)
+
+
+def max_over(x: Tensor, axis: Axis) -> Tensor:
+    """The elementwise maximum over the axis (no gradient)."""
+    if axis.group is None:
+        return x.detach()
+    x = x.detach().clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=axis.group)
+    return x
 
 
 def gather_positions(x: Tensor, axis: Axis) -> Tensor:
@@ -130,6 +165,19 @@ def gather_last_dim(x: Tensor, axis: Axis) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(axis.size)]
     torch.distributed.all_gather(parts, x.contiguous(), group=axis.group)
     return torch.cat(parts, dim=-1)
+
+
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _SumOver.apply(grad, ctx.group), None
 
 
 class _ContiguousGradient(torch.autograd.Function):

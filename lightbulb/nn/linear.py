@@ -3,48 +3,128 @@
 A column-parallel layer holds some rows of the output, a row-parallel layer some columns of the input (Megatron-LM,
 Shoeybi et al. 2019). A mixer calls :func:`~lightbulb.nn.groups.enter_tensor_region` once on its input, any number of
 column-parallel layers, and one row-parallel layer, whose result is summed over the axis: one all-reduce forward and
-one backward per mixer. With one rank both are ``nn.Linear`` without bias.
+one backward per mixer. With one rank both are ``nn.Linear`` without bias. Layers with one matrix per expert are in
+:mod:`lightbulb.nn.grouped`.
+
+Modifiers fill two slots of a layer: a *quantizer* changes what is multiplied, an *adapter* adds to the product.
 """
+
+from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lightbulb.nn.groups import exit_tensor_region, tensor_axis
-from lightbulb.nn.parameter import Logical, make_parameter
+from lightbulb.nn.groups import Axis, exit_tensor_region, tensor_axis
+from lightbulb.nn.parameter import Fill, Logical, logical_of, make_parameter
 
 
-class ColumnParallelLinear(nn.Module):
+class Quantizer(nn.Module, ABC):
+    """What a layer multiplies instead of its input and its weight."""
+
+    @abstractmethod
+    def input(self, x: Tensor) -> Tensor:
+        """``x [..., in_features / ranks]`` to the same shape."""
+
+    @abstractmethod
+    def matrix(self, weight: Tensor) -> Tensor:
+        """``weight [..., out, in]``, each matrix of the last two dimensions for itself, to the same shape."""
+
+
+class Adapter(nn.Module, ABC):
+    """What is added to a layer's product, before a row-parallel layer's sum over ranks."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
+        """``x [..., in_features / ranks]`` to ``[..., out_features / ranks]``; ``counts`` rows of each expert when the
+        layer has experts."""
+
+
+class SplitLinear(nn.Module):
+    """A weight split over a tensor axis, and the slots that modifiers fill.
+
+    Attributes:
+        weight: ``[out, in]``; with experts or several matrices in one ``[..., out, in]``.
+        axis: the tensor axis.
+        has_split_input: the input features are split (row-parallel), else the output features (column-parallel), or
+            neither when the axis has one rank or the weight is whole.
+        has_bounded_input: inputs lie in [0, 1] (the bases of a spline), so that a quantizer needs no scale of its own.
+    """
+
+    weight: nn.Parameter
+    axis: Axis
+    has_split_input: bool
+    has_bounded_input: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantizer: Quantizer | None = None
+        self.adapter: Adapter | None = None
+
+    @property
+    def logical(self) -> Logical:
+        """The weight's place in its logical tensor."""
+        return logical_of(self.weight)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no modifier changes this layer."""
+        return self.quantizer is None and self.adapter is None
+
+    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and weight, as they are to be multiplied."""
+        if self.quantizer is None:
+            return x, self.weight
+        return self.quantizer.input(x), self.quantizer.matrix(self.weight)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``x W^T`` of the local parts, with what modifiers add."""
+        product = linear(*self.quantized(x))
+        return product if self.adapter is None else product + self.adapter(x)
+
+
+class ColumnParallelLinear(SplitLinear):
     """``y = x W^T`` with the output features split over the tensor axis.
 
     Args:
         in_features: size of the (replicated) input.
         out_features: size of the logical output.
         std: standard deviation of the initial weight.
+        fill: other initial values, instead of ``std``.
     """
 
-    def __init__(self, in_features: int, out_features: int, std: float):
+    has_split_input = False
+
+    def __init__(self, in_features: int, out_features: int, std: float | None, fill: Fill | None = None):
         super().__init__()
-        self.weight = make_parameter(Logical((out_features, in_features), std, tensor_dim=0, tensor=tensor_axis()))
+        self.axis = tensor_axis()
+        self.weight = make_parameter(
+            Logical((out_features, in_features), std, tensor_dim=0, tensor=self.axis, fill=fill)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` inside the tensor region to ``[..., out_features / axis size]``."""
-        return linear(x, self.weight)
+        return self.multiply(x)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(SplitLinear):
     """``y = x W^T`` with the input features split over the tensor axis; the result is whole on every rank.
 
     Args:
         in_features: size of the logical input.
         out_features: size of the output.
         std: standard deviation of the initial weight.
+        fill: other initial values, instead of ``std``.
     """
 
-    def __init__(self, in_features: int, out_features: int, std: float):
+    has_split_input = True
+
+    def __init__(self, in_features: int, out_features: int, std: float | None, fill: Fill | None = None):
         super().__init__()
         self.axis = tensor_axis()
-        self.weight = make_parameter(Logical((out_features, in_features), std, tensor_dim=1, tensor=self.axis))
+        self.weight = make_parameter(
+            Logical((out_features, in_features), std, tensor_dim=1, tensor=self.axis, fill=fill)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features / axis size]`` to ``[..., out_features]``, leaving the tensor region."""
-        return exit_tensor_region(linear(x, self.weight), self.axis)
+        return exit_tensor_region(self.multiply(x), self.axis)

@@ -6,12 +6,21 @@ every layout, so weights can be seeded, saved, compared and loaded without knowi
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lightbulb.nn.groups import SINGLE, Axis, tensor_axis
+
+Fill = Callable[[tuple[int, ...], torch.Generator], Tensor]
+"""Initial values of a logical tensor, a function of its shape and a seeded generator."""
+
+
+def constant(value: float) -> Fill:
+    """A fill with one value."""
+    return lambda shape, generator: torch.full(shape, value)
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Logical:
         tensor: the tensor axis (of an expert: the expert tensor axis).
         expert: the expert axis, which splits dimension 0 when ``is_expert``.
         is_expert: dimension 0 counts experts.
+        fill: draws the initial values of the logical tensor (of one expert), instead of ``std``.
         keep_fp32: stays in float32 when the model is cast to bfloat16.
         by_position: used outside tensor regions, so that under sequence parallelism each tensor rank's gradient covers
             its own positions only.
@@ -45,6 +55,7 @@ class Logical:
     tensor: Axis = SINGLE
     expert: Axis = SINGLE
     is_expert: bool = False
+    fill: Fill | None = None
     keep_fp32: bool = False
     by_position: bool = False
 
@@ -107,16 +118,18 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def _local_values(name: str, logical: Logical, seed: int) -> Tensor:
-    if logical.std is None:
-        return torch.ones(logical.local_shape())
     slices = logical.slices()
     if not logical.is_expert:
-        return _draw(f"{name}", logical.shape, logical.std, seed)[slices]
+        return _draw(logical, name, logical.shape, seed)[slices]
     experts = range(slices[0].start, slices[0].stop)
-    return torch.stack([_draw(f"{name}[{e}]", logical.shape[1:], logical.std, seed)[slices[1:]] for e in experts])
+    return torch.stack([_draw(logical, f"{name}[{e}]", logical.shape[1:], seed)[slices[1:]] for e in experts])
 
 
-def _draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+def _draw(logical: Logical, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    if logical.fill is not None:
+        return logical.fill(shape, generator)
+    return (
+        torch.ones(shape) if logical.std is None else torch.empty(shape).normal_(0.0, logical.std, generator=generator)
+    )

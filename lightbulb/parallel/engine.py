@@ -21,7 +21,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from lightbulb.models.language import LanguageConfig, LanguageModel, Stage
+from lightbulb.models.language import LanguageConfig, LanguageModel
+from lightbulb.models.stack import Stage
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import initialise, logical_of
@@ -45,7 +46,7 @@ class StepResult:
         grad_norm: norm of the global gradient before clipping.
         clip_coefficient: factor the gradient was scaled by.
         applied: False when the gradient was not finite or over a limit, and the update was skipped on all ranks.
-        routers: per MoE layer: load per expert, balance loss, z-loss, entropy.
+        routers: per router (the layer, see :func:`router_label`): load per expert, balance loss, z-loss, entropy.
     """
 
     loss: float
@@ -277,14 +278,15 @@ class Engine:
 
     def _collect(self) -> StepResult:
         """Add losses and router statistics over micro-batches and ranks, in one all-reduce."""
-        routers = dict(self.routers())
-        width = max([2 * self._num_experts(i) + 3 for i in range(self.model_config.num_layers)])
-        table = torch.zeros(self.model_config.num_layers + 1, width, dtype=torch.float64, device=self.device)
+        known = self.model_config.routers()
+        row_of = {name: row for row, name in enumerate(known)}
+        width = max([2 * num_experts + 3 for num_experts in known.values()], default=2)
+        table = torch.zeros(len(known) + 1, width, dtype=torch.float64, device=self.device)
         for losses in self._losses:
             table[-1, :2] += losses.double()
-        for name, router in routers.items():
+        for name, router in self.routers():
             sums = router.statistics.take(self.device)
-            table[_layer_of(name), : len(sums)] = sums
+            table[row_of[name], : len(sums)] = sums
         dist.all_reduce(table)
         table[-1] /= self.parallel.tensor  # whose ranks all counted the same losses
         if not self.parallel.sequence:  # ... and then routed the same tokens
@@ -292,10 +294,9 @@ class Engine:
         table = table.cpu()
         tokens = int(table[-1, 1])
         result = StepResult(float(table[-1, 0]) / max(tokens, 1), tokens, 0.0, 1.0, applied=True)
-        for layer in range(self.model_config.num_layers):
-            if num_experts := self._num_experts(layer):
-                result.routers[str(layer)] = summarise(table[layer][: 2 * num_experts + 3], num_experts)
-        self._loads = table
+        for name, num_experts in known.items():
+            result.routers[router_label(name)] = summarise(table[row_of[name]][: 2 * num_experts + 3], num_experts)
+        self._loads = {name: table[row_of[name], :num_experts] for name, num_experts in known.items()}
         return result
 
     def _has_finite_gradients(self) -> bool:
@@ -304,12 +305,9 @@ class Engine:
         buffers = [b for chunk in self.ddp for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         return all(math.isfinite(float(buffer.grad_data.sum())) for buffer in buffers)
 
-    def _num_experts(self, layer: int) -> int:
-        return int(getattr(self.model_config.layer(layer).channel, "num_experts", 0))
-
     def _set_router_loads(self, result: StepResult) -> None:
         for name, router in self.routers():
-            router.set_load(self._loads[_layer_of(name), : router.num_experts].to(self.device))
+            router.set_load(self._loads[name].to(self.device))
 
     def _update(self, grad_norm: float, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -335,6 +333,7 @@ def _cast(model: nn.Module, precision: Precision) -> None:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _layer_of(module_name: str) -> int:
-    """``blocks.3.channel.router`` is in layer 3."""
-    return int(module_name.split(".")[1])
+def router_label(name: str) -> str:
+    """``blocks.3.channel.router`` as ``3``, ``blocks.3.token.router`` as ``3.token``: what metrics call it."""
+    _, layer, part, *_ = name.split(".")
+    return layer if part == "channel" else f"{layer}.{part}"

@@ -2,7 +2,8 @@
 
 from itertools import accumulate
 
-from lightbulb.models.language import LanguageConfig, Stage
+from lightbulb.models.language import LanguageConfig
+from lightbulb.models.stack import Stage
 
 
 def cut(costs: list[float], stages: int) -> list[int]:

@@ -42,7 +42,8 @@ def owned_boxes(engine: Engine) -> Iterator[Box]:
     for index, (name, parameter) in enumerate(engine.named_parameters()):
         logical, replicas = logical_of(parameter), engine.replicas(parameter)
         part = parts(engine.optimizer, parameter)
-        is_copy = logical.tensor_dim is None and not logical.is_expert and engine.tensor_rank > 0
+        rank = logical.tensor.rank if logical.is_expert else engine.tensor_rank
+        is_copy = logical.tensor_dim is None and rank > 0
         is_turn = engine.parallel.distributed_optimizer or replicas.rank() == index % replicas.size()
         if part is None or is_copy or not is_turn:
             continue
@@ -61,7 +62,8 @@ def owned_boxes(engine: Engine) -> Iterator[Box]:
                 yield Box(kind, stored, logical.shape, start, flat[offset : offset + size].view(shape))
     for name, router in engine.routers():
         if engine.is_first_copy:
-            yield Box("model", f"{name}.load", tuple(router.load.shape), (0,), router.load)
+            for key, value in router.named_buffers():
+                yield Box("model", f"{name}.{key}", tuple(value.shape), (0,), value)
 
 
 def boxes_of_range(

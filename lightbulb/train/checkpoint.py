@@ -173,8 +173,8 @@ def load_into(engine: Engine, checkpoint: Checkpoint) -> None:
     for name, parameter in engine.all_parameters():
         engine.write_parameter(parameter, checkpoint.read_parameter(name, logical_of(parameter)))
     for name, router in engine.routers():
-        count = router.num_experts
-        router.load.copy_(checkpoint.read(f"{name}.load", (slice(0, count),), (count,)))
+        for key, value in router.named_buffers():
+            value.copy_(checkpoint.read(f"{name}.{key}", (slice(0, len(value)),), tuple(value.shape)))
 
 
 def load_model_for_inference(run: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+import lightbulb.modifiers  # noqa: F401  (registers what model.modifiers can name)
 from lightbulb.config import Config, ConfigError
 from lightbulb.data.config import DataConfig
 from lightbulb.models.language import LanguageConfig

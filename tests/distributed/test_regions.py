@@ -11,8 +11,9 @@ from torch import Tensor
 from lightbulb.config import build_config
 from lightbulb.evaluation.proof import compare_layout
 from lightbulb.evaluation.trial import Trial, train_reference
-from lightbulb.mixers.base import Context
-from lightbulb.models.language import LanguageConfig, LanguageModel, Stage
+from lightbulb.mixers.base import Context, ModelState
+from lightbulb.models.language import LanguageConfig, LanguageModel
+from lightbulb.models.stack import Stage
 from lightbulb.nn.groups import Axis, share_in_tensor_region
 from lightbulb.nn.ulysses import gather_heads, scatter_heads
 from lightbulb.parallel.optimizer import OptimizerConfig
@@ -73,10 +74,12 @@ class TwoStreamsConfig(LanguageConfig):
 class TwoStreams(LanguageModel):
     """See :class:`TwoStreamsConfig`."""
 
-    def run_blocks(self, carried: list[Tensor], context: Context) -> list[Tensor]:
+    def run_blocks(
+        self, carried: list[Tensor], context: Context, state: ModelState | None = None
+    ) -> tuple[list[Tensor], ModelState]:
         half = carried[0][..., ::2] if self.pre_process else carried[1]
-        (x,) = super().run_blocks(carried[:1], context)
-        return [x + half.repeat(1, 1, 2)] if self.post_process else [x, half]
+        (x,), state = super().run_blocks(carried[:1], context, state)
+        return [x + half.repeat(1, 1, 2)] if self.post_process else [x, half], state
 
 
 @pytest.mark.parametrize(

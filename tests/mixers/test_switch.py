@@ -25,9 +25,9 @@ def dense(experts: Switch, expert: int = 0) -> MLP:
     """The dense layer that one expert is."""
     module = MLPConfig(hidden_dim=HIDDEN).build(DIM, Init(0.5, 0.5))
     with torch.no_grad():
-        module.gate.weight.copy_(experts.experts.gate_up[expert, 0])
-        module.up.weight.copy_(experts.experts.gate_up[expert, 1])
-        module.down.weight.copy_(experts.experts.down[expert])
+        module.gate.weight.copy_(experts.experts.gate_up.weight[expert, 0])
+        module.up.weight.copy_(experts.experts.gate_up.weight[expert, 1])
+        module.down.weight.copy_(experts.experts.down.weight[expert])
     return module
 
 
@@ -36,7 +36,7 @@ def draw(length: int = LENGTH, batch: int = BATCH) -> Tensor:
 
 
 def run(module: Switch | MLP, x: Tensor) -> Tensor:
-    return module(x, Context(torch.arange(len(x))))
+    return module(x, Context(torch.arange(len(x))))[0]
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> bool:
@@ -63,9 +63,9 @@ def test_values_and_gradients_are_those_of_a_loop_over_tokens() -> None:
 
 def dense_view(module: Switch, expert: int) -> Any:
     """One expert as a function of the module's own parameters, so that gradients reach them."""
-    gate, up = module.experts.gate_up[expert].unbind(0)
-    down = module.experts.down[expert]
-    return lambda x, _: (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
+    gate, up = module.experts.gate_up.weight[expert].unbind(0)
+    down = module.experts.down.weight[expert]
+    return lambda x, _: ((torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down.t(), None)
 
 
 def test_one_expert_is_the_dense_layer() -> None:

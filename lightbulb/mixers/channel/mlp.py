@@ -3,12 +3,13 @@
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightbulb.config import Cost
-from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context
+from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts
 from lightbulb.nn.activation import swiglu
-from lightbulb.nn.groups import enter_tensor_region, tensor_axis
+from lightbulb.nn.grouped import GroupedLinear, grouped_swiglu
+from lightbulb.nn.groups import enter_tensor_region, expert_axis, expert_tensor_axis, tensor_axis
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.parameter import Init
 from lightbulb.registry import register
@@ -18,12 +19,16 @@ from lightbulb.registry import register
 class MLPConfig(ChannelMixerConfig):
     """Dense SwiGLU."""
 
+    facts = Facts("GLU Variants Improve Transformer, 2020, arXiv:2002.05202", ("tensor", "sequence", "ulysses"), "none")
     type: Literal["mlp"] = "mlp"
     hidden_dim: int = Field(ge=1)
     """Width of the gated hidden layer."""
 
     def build(self, dim: int, init: Init) -> "MLP":
         return MLP(self, dim, init)
+
+    def build_experts(self, num_experts: int, dim: int, init: Init) -> "SwiGLUExperts":
+        return SwiGLUExperts(num_experts, dim, self.hidden_dim, init)
 
     def cost(self, dim: int) -> Cost:
         params = 3 * dim * self.hidden_dim
@@ -47,6 +52,25 @@ class MLP(ChannelMixer):
         self.up = ColumnParallelLinear(dim, config.hidden_dim, init.std)
         self.down = RowParallelLinear(config.hidden_dim, dim, init.output_std)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Context, state: DecodeState | None = None
+    ) -> tuple[Tensor, DecodeState | None]:
         x = enter_tensor_region(x, self.axis)
-        return self.down(swiglu(self.gate(x), self.up(x)))
+        return self.down(swiglu(self.gate(x), self.up(x))), state
+
+
+class SwiGLUExperts(nn.Module):
+    """The local experts: ``[rows sorted by expert]`` in and out, partial sums over the expert tensor axis."""
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, init: Init):
+        super().__init__()
+        tensor, expert = expert_tensor_axis(), expert_axis()
+        self.gate_up = GroupedLinear(num_experts, dim, hidden_dim, init.std, tensor, expert, parts=2)
+        self.down = GroupedLinear(num_experts, hidden_dim, dim, init.output_std, tensor, expert, has_split_input=True)
+
+    def forward(self, rows: Tensor, counts: list[int], context: Context) -> Tensor:
+        """``rows [R, dim]``; ``counts`` rows for each local expert."""
+        if self.gate_up.is_plain and self.down.is_plain:
+            return grouped_swiglu(rows, self.gate_up.weight, self.down.weight, counts)
+        gate, up = self.gate_up(rows, counts).chunk(2, dim=-1)
+        return self.down(swiglu(gate, up), counts)

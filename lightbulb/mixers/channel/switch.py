@@ -1,22 +1,21 @@
-"""Mixture of SwiGLU experts behind a token-choice top-k router.
+"""Mixture of experts behind a token-choice top-k router.
 
 Switch Transformer (Fedus et al. 2021, arXiv:2101.03961) with the dropless default of MegaBlocks (Gale et al. 2022,
-arXiv:2211.15841); a capacity is optional. Experts are spread over the expert axis. Each expert's hidden features are
-split over the expert tensor axis: the tensor axis, whose ranks then gather their tokens, or one rank, in which case
-sequence-parallel tensor ranks send their own tokens to whole experts. A shared expert, which every token passes, is
-computed while rows travel.
+arXiv:2211.15841); a capacity is optional. An expert is SwiGLU, or any other channel mixer. Experts are spread over the
+expert axis. Each expert's hidden features are split over the expert tensor axis: the tensor axis, whose ranks then
+gather their tokens, or one rank, in which case sequence-parallel tensor ranks send their own tokens to whole experts. A
+shared expert, which every token passes, is computed while rows travel.
 """
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightbulb.config import Cost
-from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context
+from lightbulb.config import Cost, Registered
+from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts
 from lightbulb.mixers.channel.mlp import MLPConfig
-from lightbulb.nn.grouped import grouped_swiglu
 from lightbulb.nn.groups import (
     enter_tensor_region,
     exit_tensor_region,
@@ -24,7 +23,7 @@ from lightbulb.nn.groups import (
     expert_tensor_axis,
     gather_positions,
 )
-from lightbulb.nn.parameter import Init, Logical, make_parameter
+from lightbulb.nn.parameter import Init
 from lightbulb.registry import register
 from lightbulb.routing.dispatch import capacity, combine, dispatch
 from lightbulb.routing.router import Router, RouterConfig
@@ -32,13 +31,22 @@ from lightbulb.routing.router import Router, RouterConfig
 
 @register("channel_mixer", "switch")
 class SwitchConfig(ChannelMixerConfig):
-    """Top-k mixture of SwiGLU experts."""
+    """Top-k mixture of experts."""
 
+    spreads_experts: ClassVar[bool] = True
+    facts = Facts(
+        "Switch Transformers, 2021, arXiv:2101.03961; MegaBlocks, 2022, arXiv:2211.15841",
+        ("tensor", "sequence", "ulysses", "expert"),
+        "none",
+        "with a capacity, which tokens are dropped depends on the layout",
+    )
     type: Literal["switch"] = "switch"
     num_experts: int = Field(ge=1)
     """Experts over all ranks."""
-    hidden_dim: int = Field(ge=1)
-    """Width of each expert's gated hidden layer."""
+    hidden_dim: int | None = Field(None, ge=1)
+    """Width of each expert's gated hidden layer: short for ``expert: {type: mlp, hidden_dim: ...}``."""
+    expert: Annotated[ChannelMixerConfig, Registered("channel_mixer")] | None = None
+    """What each expert is: any channel mixer without experts of its own."""
     shared_hidden_dim: int | None = Field(None, ge=1)
     """Width of an expert that every token passes besides those it chooses (DeepSeekMoE); None for none."""
     router: RouterConfig = RouterConfig()
@@ -47,19 +55,35 @@ class SwitchConfig(ChannelMixerConfig):
     """Rows an expert accepts per rank and micro-batch, as a multiple of an even share; None drops nothing."""
 
     @model_validator(mode="after")
+    def _one_kind_of_expert(self) -> "SwitchConfig":
+        if (self.hidden_dim is None) == (self.expert is None):
+            raise ValueError("set either hidden_dim (SwiGLU experts) or expert (any channel mixer)")
+        if self.expert is not None and self.expert.routers():
+            raise ValueError(f"expert.type {self.expert.type!r} has experts of its own; choose one without")
+        return self
+
+    @model_validator(mode="after")
     def _enough_experts(self) -> "SwitchConfig":
         if self.router.top_k > self.num_experts:
             raise ValueError(f"router.top_k {self.router.top_k} exceeds num_experts {self.num_experts}; lower top_k")
         return self
 
+    def each(self) -> ChannelMixerConfig:
+        """One expert."""
+        return self.expert or MLPConfig(hidden_dim=self.hidden_dim or 1)
+
     def build(self, dim: int, init: Init) -> "Switch":
         return Switch(self, dim, init)
 
     def cost(self, dim: int) -> Cost:
-        expert = 3 * dim * self.hidden_dim
+        expert = self.each().cost(dim)
         always = self.num_experts * dim + 3 * dim * (self.shared_hidden_dim or 0)
-        active = self.router.top_k * expert + always
-        return Cost(self.num_experts * expert + always, active, 2.0 * active)
+        top_k = self.router.top_k
+        flops = top_k * expert.forward_flops + 2.0 * always
+        return Cost(self.num_experts * expert.params + always, top_k * expert.active_params + always, flops)
+
+    def routers(self) -> dict[str, int]:
+        return {"router": self.num_experts}
 
     def check_tensor_parallel(self, degree: int) -> None:
         if (self.shared_hidden_dim or 0) % degree:
@@ -73,29 +97,7 @@ class SwitchConfig(ChannelMixerConfig):
             raise ValueError(
                 f"num_experts {self.num_experts} cannot be split over parallel.expert {expert}; choose a divisor"
             )
-        if self.hidden_dim % expert_tensor:
-            raise ValueError(
-                f"hidden_dim {self.hidden_dim} cannot be split over {expert_tensor} tensor ranks; "
-                f"choose a multiple of {expert_tensor}"
-            )
-
-
-class SwiGLUExperts(nn.Module):
-    """The local experts: ``[rows sorted by expert]`` in and out, partial sums over the expert tensor axis."""
-
-    def __init__(self, num_experts: int, dim: int, hidden_dim: int, init: Init):
-        super().__init__()
-        tensor, expert = expert_tensor_axis(), expert_axis()
-        self.gate_up = make_parameter(
-            Logical((num_experts, 2, hidden_dim, dim), init.std, 2, tensor, expert, is_expert=True)
-        )
-        self.down = make_parameter(
-            Logical((num_experts, dim, hidden_dim), init.output_std, 2, tensor, expert, is_expert=True)
-        )
-
-    def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """``rows [R, dim]``; ``counts`` rows for each local expert."""
-        return grouped_swiglu(rows, self.gate_up, self.down, counts)
+        self.each().check_tensor_parallel(expert_tensor)
 
 
 class Switch(ChannelMixer):
@@ -107,11 +109,13 @@ class Switch(ChannelMixer):
         self.tensor = expert_tensor_axis()
         self.expert = expert_axis()
         self.router = Router(config.router, config.num_experts, dim, init)
-        self.experts = SwiGLUExperts(config.num_experts, dim, config.hidden_dim, init)
+        self.experts = config.each().build_experts(config.num_experts, dim, init)
         if config.shared_hidden_dim is not None:
             self.shared = MLPConfig(hidden_dim=config.shared_hidden_dim).build(dim, init)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Context, state: DecodeState | None = None
+    ) -> tuple[Tensor, DecodeState | None]:
         tokens = x.reshape(-1, x.shape[-1])
         noise = context.at("router").uniform(x) if self.config.router.jitter else None
         gates, experts = self.router(tokens, None if noise is None else noise.flatten(0, 1))
@@ -121,10 +125,10 @@ class Switch(ChannelMixer):
         gates = enter_tensor_region(gates, self.tensor)
         experts = gather_positions(experts, self.tensor)
         receive, plan = dispatch(tokens, experts, self.config.num_experts, self.expert, self._limit(len(tokens)))
-        shared = self.shared(x, context) if self.config.shared_hidden_dim is not None else None
-        mixed = combine(self.experts(receive(), plan.counts), gates, plan)
+        shared = self.shared(x, context)[0] if self.config.shared_hidden_dim is not None else None
+        mixed = combine(self.experts(receive(), plan.counts, context), gates, plan)
         mixed = exit_tensor_region(mixed, self.tensor).view_as(x)
-        return mixed if shared is None else mixed + shared
+        return mixed if shared is None else mixed + shared, state
 
     def _limit(self, tokens: int) -> int | None:
         factor = self.config.capacity_factor

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lightbulb.config import Cost
-from lightbulb.mixers.base import Context, DecodeState, TokenMixer, TokenMixerConfig
+from lightbulb.mixers.base import Context, DecodeState, Facts, TokenMixer, TokenMixerConfig
 from lightbulb.nn.attention import attend, causal_attention
 from lightbulb.nn.groups import enter_tensor_region, share_in_tensor_region, tensor_axis, ulysses_axis
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
@@ -28,6 +28,11 @@ from lightbulb.registry import register
 class AttentionConfig(TokenMixerConfig):
     """Causal self-attention."""
 
+    facts = Facts(
+        "Attention Is All You Need, 2017, arXiv:1706.03762; GQA, 2023, arXiv:2305.13245",
+        ("tensor", "sequence", "ulysses"),
+        "2 x num_kv_heads x head_dim per token",
+    )
     type: Literal["attention"] = "attention"
     num_heads: int = Field(ge=1)
     """Query heads."""

@@ -1,0 +1,1 @@
+"""Modifiers; importing the package registers them all."""
