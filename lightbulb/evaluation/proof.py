@@ -46,7 +46,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 _MAX_MICRO_BATCHES = 8  # of a rank: enough to fill any pipeline here, few enough to be quick
 
-MIN_EPS, MAX_LR = 1e-6, 1e-3
+MIN_EPS, MAX_LR = 1e-5, 1e-3
 """Adam divides each element's moment by its own size plus epsilon. Where that is only rounding noise, a tiny epsilon
 turns it into a step of the full learning rate, on one process as on many; the proof keeps away from that."""
 
