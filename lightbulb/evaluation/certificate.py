@@ -91,8 +91,8 @@ def as_markdown(proof: Proof) -> str:
         "",
         "Each layout was trained on the same batches as a plain PyTorch model in one process (no process groups, one "
         "pass over the whole batch). The numbers are the largest differences over all ranks, steps and parameters: "
-        "gradients and moments relative to the parameter's largest element, gradient norm and clip coefficient "
-        "relative, the rest absolute.",
+        "gradients and moments relative to the parameter's largest element (at least a hundredth of the model's), "
+        "gradient norm and clip coefficient relative, the rest absolute.",
         "",
         f"Learning rate {trial.optimizer.lr:g}, epsilon {trial.optimizer.eps:g}. "
         + ", ".join(f"{name} {number}" for name, number in versions().items())
