@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lightbulb.nn.groups import Axis, exit_tensor_region, tensor_axis
+from lightbulb.nn.groups import SINGLE, Axis, exit_tensor_region, tensor_axis
 from lightbulb.nn.parameter import Fill, Logical, logical_of, make_parameter
 
 
@@ -128,3 +128,27 @@ class RowParallelLinear(SplitLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features / axis size]`` to ``[..., out_features]``, leaving the tensor region."""
         return exit_tensor_region(self.multiply(x), self.axis)
+
+
+class WholeLinear(SplitLinear):
+    """``y = x W^T`` with the whole weight on every tensor rank, used outside tensor regions.
+
+    For results that all ranks need whole: each multiplies its own positions, and the caller takes the result into the
+    region by :func:`~lightbulb.nn.groups.enter_tensor_region`.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        std: standard deviation of the initial weight.
+    """
+
+    has_split_input = False
+
+    def __init__(self, in_features: int, out_features: int, std: float | None):
+        super().__init__()
+        self.axis = SINGLE
+        self.weight = make_parameter(Logical((out_features, in_features), std, by_position=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in_features]`` outside the tensor region to ``[..., out_features]``."""
+        return self.multiply(x)

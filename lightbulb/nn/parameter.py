@@ -23,6 +23,11 @@ def constant(value: float) -> Fill:
     return lambda shape, generator: torch.full(shape, value)
 
 
+def uniform(bound: float) -> Fill:
+    """A fill uniform between ``-bound`` and ``bound``."""
+    return lambda shape, generator: torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
 @dataclass(frozen=True)
 class Init:
     """Standard deviations of the initial weights: of ordinary matrices, and of those that write to the residual
