@@ -1,6 +1,6 @@
 """Sequence and channel mixers; importing the package registers them all."""
 
-from lightbulb.mixers.channel import mlp, switch
-from lightbulb.mixers.token import attention
+from lightbulb.mixers.channel import deepseek_moe, mlp, switch
+from lightbulb.mixers.token import attention, moa
 
-__all__ = ["attention", "mlp", "switch"]
+__all__ = ["attention", "deepseek_moe", "mlp", "moa", "switch"]
