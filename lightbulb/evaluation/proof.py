@@ -24,12 +24,12 @@ from lightbulb.train.config import RunConfig
 
 BOUNDS = {
     "loss": 1e-5,  # absolute, nats
-    "gradient": 1e-4,  # of the parameter's largest gradient
+    "gradient": 1e-4,  # of the parameter's largest gradient, or of a hundredth of the model's
     "grad_norm": 1e-4,  # relative
     "clip": 1e-4,  # relative
     "router": 1e-5,  # absolute: loads, balance loss, z-loss, entropy
     "weight": 1e-5,  # absolute
-    "moment": 1e-4,  # of the parameter's largest moment
+    "moment": 1e-4,  # of the parameter's largest moment, or as above
 }
 """Largest differences that float32 rounding may cause; a wrong group, scale or sum is orders of magnitude above."""
 
@@ -133,12 +133,11 @@ def trial_of(config: RunConfig, steps: int, variant: str = "") -> Trial:
     Raises:
         ConfigError: the model drops tokens by rank and micro-batch, so that layouts differ by design.
     """
-    for index, block in enumerate(config.model.block_pattern):
+    for place, block in config.model.written_blocks():
         if getattr(block.channel, "capacity_factor", None) is not None:
             raise ConfigError(
-                f"model.block_pattern.{index}.channel.capacity_factor: which tokens are dropped depends on the layout, "
-                f"so layouts cannot be equal; prove the dropless model: model.block_pattern.{index}.channel."
-                "capacity_factor=null"
+                f"model.{place}.channel.capacity_factor: which tokens are dropped depends on the layout, so layouts "
+                f"cannot be equal; prove the dropless model: model.{place}.channel.capacity_factor=null"
             )
     settings = {"lr": min(config.optimizer.lr, MAX_LR), "eps": max(config.optimizer.eps, MIN_EPS)}
     return Trial(

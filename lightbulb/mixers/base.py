@@ -33,7 +33,8 @@ class Context:
         document_ids: ``[batch, length]`` or None; when given, no token may see another document.
         present: ``[batch, length]`` bool or None; where false there is no token but a filler, which no token may see
             and whose result nobody reads. Comes with positions per sample only.
-        rows: the positions this rank holds between mixers.
+        rows: the positions this rank holds between mixers: a slice, or ``[length, batch]`` indices where samples keep
+            different tokens.
         noise: source of dropout and jitter, or None outside training.
         place: name of the part that reads this context, for its noise.
         recompute: what the backward runs again.
@@ -42,7 +43,7 @@ class Context:
     positions: Tensor
     document_ids: Tensor | None = None
     present: Tensor | None = None
-    rows: slice = field(default_factory=lambda: slice(None))
+    rows: slice | Tensor = field(default_factory=lambda: slice(None))
     noise: Noise | None = None
     place: str = ""
     recompute: Recompute = "none"
@@ -55,7 +56,10 @@ class Context:
         """Noise for each feature of ``x [rows, batch, width]``, uniform on [0, 1); None outside training."""
         if self.noise is None:
             return None
-        return self.noise.uniform(self.place, self.rows, x.shape[-1], x.device)
+        if isinstance(self.rows, slice):
+            return self.noise.uniform(self.place, self.rows, x.shape[-1], x.device)
+        whole = self.noise.uniform(self.place, slice(None), x.shape[-1], x.device)
+        return whole.gather(0, self.rows[..., None].expand(*self.rows.shape, x.shape[-1]))
 
     def keys(self, x: Tensor, width: int) -> Tensor | None:
         """Keys of rows that leave the positions of ``x [rows, batch, ...]``: int64 ``[rows, batch, width]``, ``width``
@@ -92,6 +96,13 @@ class _MixerConfig(Config, ABC):
     def check_tensor_parallel(self, degree: int) -> None:
         """Raise ValueError, naming field, value and fix, when the part cannot be split over ``degree`` ranks."""
 
+    def check_ulysses(self, tensor: int, ulysses: int) -> None:
+        """Raise ValueError, naming field, value and fix, when the part cannot run on split sequences."""
+
+    def check_expert_parallel(self, expert: int, expert_tensor: int) -> None:
+        """Raise ValueError, naming field, value and fix, when the experts cannot be spread over ``expert`` ranks or
+        each of them split over ``expert_tensor`` ranks."""
+
     def routers(self) -> dict[str, int]:
         """Module name inside the mixer of each :class:`~lightbulb.routing.router.Router`, with its experts."""
         return {}
@@ -112,7 +123,6 @@ class TokenMixerConfig(_MixerConfig, ABC):
         """Parameters and FLOPs per token, averaged over a full context."""
 
     def check_ulysses(self, tensor: int, ulysses: int) -> None:
-        """Raise ValueError, naming field, value and fix, when the part cannot run on split sequences."""
         if ulysses > 1:
             raise ValueError(f"type {self.type!r} needs whole sequences; set parallel.ulysses: 1")
 
@@ -137,6 +147,8 @@ class ChannelMixerConfig(_MixerConfig, ABC):
 
     spreads_experts: ClassVar[bool] = False
     """Has whole experts to spread over the expert axis."""
+    keeps_gaps: ClassVar[bool] = True
+    """As of token mixers; true of what treats every token for itself."""
 
     @abstractmethod
     def build(self, dim: int, init: Init) -> "ChannelMixer":
@@ -150,10 +162,6 @@ class ChannelMixerConfig(_MixerConfig, ABC):
         """This mixer once per expert: called with ``rows [R, dim]`` sorted by expert, ``counts`` of each local expert
         and a context, it gives ``[R, dim]``, partial sums over the expert tensor axis."""
         return ExpertBank(num_experts, lambda: self.build(dim, init))
-
-    def check_expert_parallel(self, expert: int, expert_tensor: int) -> None:
-        """Raise ValueError, naming field, value and fix, when the experts cannot be spread over ``expert`` ranks or
-        each of them split over ``expert_tensor`` ranks."""
 
 
 class ChannelMixer(nn.Module, ABC):
