@@ -61,6 +61,11 @@ class Context:
         whole = self.noise.uniform(self.place, slice(None), x.shape[-1], x.device)
         return whole.gather(0, self.rows[..., None].expand(*self.rows.shape, x.shape[-1]))
 
+    def keys(self, x: Tensor, width: int) -> Tensor | None:
+        """Keys of rows that leave the positions of ``x [rows, batch, ...]``: int64 ``[rows, batch, width]``, ``width``
+        of each position (see :meth:`Noise.keys`); None outside training."""
+        return None if self.noise is None else self.noise.keys(self.place, self.rows, width, x.device)
+
     def dropout(self, x: Tensor, probability: float) -> Tensor:
         """Set features of ``x [rows, batch, width]`` to zero and scale up the rest (Srivastava et al. 2014); the
         identity outside training."""

@@ -55,17 +55,19 @@ def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int:
 
 
 def dispatch(
-    x: Tensor, experts: Tensor, num_experts: int, axis: Axis, limit: int | None
+    x: Tensor, experts: Tensor, num_experts: int, axis: Axis, limit: int | None, priority: Tensor | None = None
 ) -> tuple[Callable[[], Tensor], Plan]:
     """Rows for this rank's experts, sorted by expert: sent now, received when the result is called.
 
     Args:
         x: ``[T, dim]`` tokens in time order: with a limit, later tokens are dropped before earlier ones, so that
-            dropping never depends on the future.
+            dropping never depends on the future (but see ``priority``).
         experts: ``[T, k]`` the router's choice.
         num_experts: number of experts over all ranks.
         axis: the expert axis.
         limit: rows an expert accepts from this rank, or None for all (dropless).
+        priority: ``[T, k]``; with a limit, pairs of low priority are dropped first, wherever they are. Whether a token
+            is dropped then depends on later tokens and other samples.
 
     Returns:
         A function that waits for the rows ``[rows, dim]``, and the plan that :func:`combine` needs.
@@ -74,7 +76,7 @@ def dispatch(
     pairs = experts.flatten()
     kept = None
     if limit is not None:
-        kept = _within_limit(pairs, num_experts, limit)
+        kept = _within_limit(pairs, num_experts, limit, priority)
         pairs = pairs.masked_fill(~kept, num_experts)
     order = pairs.argsort(stable=True)
     inverse = torch.empty_like(order)
@@ -96,6 +98,28 @@ def dispatch(
     return receive, Plan(order, inverse, kept, local_counts, exchange)
 
 
+def carry(values: Tensor, plan: Plan) -> Tensor:
+    """``values [T, k]``, one for each (token, choice), brought to where their rows are: ``[rows]`` (no gradient)."""
+    rows = values.flatten().index_select(0, plan.order)
+    if plan.exchange is None:
+        return rows
+    exchange = plan.exchange
+    received = rows.new_empty(sum(exchange.received))
+    all_to_all_single(received, rows, exchange.received, exchange.sent, group=exchange.axis.group)
+    return received.index_select(0, exchange.by_expert)
+
+
+def sort_by_token(rows: Tensor, plan: Plan) -> Tensor:
+    """Rows sorted by expert to ``[T * k, dim]``, a token's choices side by side; of a plan that dropped and exchanged
+    nothing."""
+    return _Permute.apply(rows, plan.inverse, plan.order)
+
+
+def sort_by_expert(pairs: Tensor, plan: Plan) -> Tensor:
+    """The inverse of :func:`sort_by_token`."""
+    return _Permute.apply(pairs, plan.order, plan.inverse)
+
+
 def combine(rows: Tensor, gates: Tensor, plan: Plan) -> Tensor:
     """``y[t] = sum_k gates[t, k] * result of its k-th expert``: ``[T, dim]`` in the rows' dtype."""
     if plan.exchange is not None:
@@ -108,8 +132,13 @@ def combine(rows: Tensor, gates: Tensor, plan: Plan) -> Tensor:
     return _WeightedSum.apply(rows, gates, plan.order, plan.inverse)
 
 
-def _within_limit(pairs: Tensor, num_experts: int, limit: int) -> Tensor:
-    """``[T * k]`` bool: the pair is among the first ``limit`` of its expert."""
+def _within_limit(pairs: Tensor, num_experts: int, limit: int, priority: Tensor | None) -> Tensor:
+    """``[T * k]`` bool: the pair is among the first ``limit`` of its expert, in time or by priority."""
+    if priority is not None:
+        order = priority.flatten().argsort(descending=True, stable=True)
+        kept = torch.empty_like(pairs, dtype=torch.bool)
+        kept[order] = _within_limit(pairs[order], num_experts, limit, None)
+        return kept
     one_hot = torch.nn.functional.one_hot(pairs, num_experts)
     return (one_hot.cumsum(0) * one_hot).sum(-1) <= limit
 

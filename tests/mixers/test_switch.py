@@ -9,6 +9,7 @@ from torch import Tensor
 from lightbulb.mixers.base import Context
 from lightbulb.mixers.channel.mlp import MLP, MLPConfig
 from lightbulb.mixers.channel.switch import Switch, SwitchConfig
+from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import Init, initialise
 
 DIM, HIDDEN, LENGTH, BATCH = 6, 10, 7, 2
@@ -120,6 +121,30 @@ def test_capacity_does_not_let_the_future_in() -> None:
         assert torch.equal(run(module, changed)[:changed_from], before[:changed_from])
 
 
+@pytest.mark.parametrize("expert", [0, 1])
+def test_by_probability_small_gates_are_dropped_first(expert: int) -> None:
+    module, x = one_expert_for_all(capacity_factor=1.0, drop="probability"), draw().abs()  # 7 rows each for 14 tokens
+    with torch.no_grad():
+        module.experts.down.weight[1 - expert].zero_()  # so that the result is what this expert gives
+    gates = (x.flatten(0, 1) @ module.router.weight.t())[:, :2].softmax(-1)[:, expert]
+    kept = run(module, x).flatten(0, 1).any(-1)
+    assert kept.sum() == 7 and gates[kept].min() > gates[~kept].max()
+
+
+@pytest.mark.parametrize("who", ["later tokens", "another sample"])
+def test_by_probability_others_decide_who_is_dropped(who: str) -> None:
+    """What `drop` warns of: by position training is strictly causal; by probability later tokens and other samples of
+    the micro-batch push a token out. Evaluation drops nothing either way."""
+    x = draw(12).abs()
+    louder = x.clone()
+    louder[(slice(6, None), 0) if who == "later tokens" else (slice(6, None), 1)] *= 10.0
+    for drop, is_causal in (("position", True), ("probability", False)):
+        module = one_expert_for_all(capacity_factor=0.5, drop=drop)
+        assert torch.equal(run(module, x)[:6, 0], run(module, louder)[:6, 0]) == is_causal
+        module.eval()
+        assert close(run(module, x)[:6, 0], run(module, louder)[:6, 0])
+
+
 def test_capacity_is_for_training_only() -> None:
     module, x = one_expert_for_all(capacity_factor=0.5), draw().abs()
     whole = run(one_expert_for_all(), x)
@@ -209,3 +234,51 @@ def test_what_is_not_finite_does_not_hang_and_stays_in_its_token() -> None:
     clean, found = run(module, x).flatten(0, 1), run(module, broken).flatten(0, 1)
     others = torch.arange(LENGTH * BATCH) != 3 * BATCH
     assert close(found[others], clean[others]) and found[~others].isnan().all()
+
+
+def run_noisy(module: Switch, x: Tensor, samples: list[int], rows: slice = slice(None)) -> Tensor:
+    noise = Noise(3, torch.tensor(samples), LENGTH)
+    return module(x, Context(torch.arange(LENGTH), rows=rows, noise=noise, place="1.channel"))[0]
+
+
+def test_expert_dropout_is_of_single_hidden_features() -> None:
+    """With an expert that writes each hidden feature to one feature of its result, what was dropped can be seen."""
+    router = {"top_k": 1, "normalize_gates": False}
+    module, x = switch(1, router, hidden_dim=DIM, expert_dropout=0.5), draw()
+    with torch.no_grad():
+        module.experts.down.weight.copy_(torch.eye(DIM)[None])
+    factors = run_noisy(module, x, [5, 9]) / run(module, x)
+    kept = factors > 1
+    assert torch.allclose(factors, 2.0 * kept, atol=1e-5)
+    assert 0.3 < kept.float().mean() < 0.7 and not torch.equal(kept[:, 0], kept[:, 1])
+
+
+def test_expert_dropout_keeps_the_mean_and_rests_outside_training() -> None:
+    module, x = switch(expert_dropout=0.4), draw()
+    draws = torch.stack([run_noisy(module, x, [2 * i, 2 * i + 1]) for i in range(600)])
+    clean = run(switch(), x)
+    error = (draws.mean(0) - clean).norm()
+    assert error < 2 * (draws.var(0).sum() / len(draws)).sqrt() and error < 0.1 * (draws[0] - clean).norm()
+    assert torch.equal(run(module, x), clean)
+
+
+def test_equality_expert_dropout_follows_tokens() -> None:
+    """The same for a sample alone, in part of the positions, and when experts are renamed."""
+    module, renamed, x = switch(expert_dropout=0.4), switch(expert_dropout=0.4), draw()
+    whole = run_noisy(module, x, [5, 9])
+    assert close(run_noisy(module, x[:, 1:], [9]), whole[:, 1:])
+    assert close(run_noisy(module, x[2:5], [5, 9], slice(2, 5)), whole[2:5])
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        for parameter in (renamed.router.weight, *renamed.experts.parameters()):
+            parameter.copy_(parameter[order])
+    assert close(run_noisy(renamed, x, [5, 9]), whole)
+
+
+def test_fillers_leave_no_trace_in_statistics() -> None:
+    module, x = switch(), draw()
+    present = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    present[1, 4:] = False
+    module(x, Context(torch.arange(LENGTH), present=present))
+    counted = module.router.statistics.take(x.device)
+    assert counted[-1] == LENGTH + 4 and counted[:4].sum() == 2 * (LENGTH + 4)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightbulb.nn.groups import SINGLE
-from lightbulb.routing.dispatch import capacity, combine, dispatch
+from lightbulb.routing.dispatch import capacity, carry, combine, dispatch, sort_by_expert, sort_by_token
 from lightbulb.routing.router import Routing
 
 DIM = 3
@@ -68,6 +68,41 @@ def test_dropping_does_not_depend_on_the_future() -> None:
     whole = mixed(x, gates, experts, scales, limit=4)
     for known in range(1, 12):
         assert torch.equal(mixed(x[:known], gates[:known], experts[:known], scales, limit=4), whole[:known])
+
+
+def test_by_priority_a_full_expert_drops_its_smallest() -> None:
+    experts, priority = torch.tensor([[0], [1], [0], [0], [1]]), torch.tensor([[0.2], [0.1], [0.9], [0.5], [0.3]])
+    x = torch.arange(1.0, 6.0)[:, None]
+    receive, plan = dispatch(x, experts, 2, SINGLE, 2, priority)
+    assert plan.counts == [2, 2] and receive()[:, 0].tolist() == [3, 4, 2, 5]  # still in time order
+    assert combine(receive(), torch.ones(5, 1), plan)[:, 0].tolist() == [0, 2, 3, 4, 5]
+
+
+def test_equality_equal_priorities_drop_by_position() -> None:
+    gates, experts = routing(12, 3, 2)
+    x = torch.randn(12, DIM).double()
+    plans = [dispatch(x, experts, 3, SINGLE, 4, priority)[1] for priority in (None, torch.ones_like(gates))]
+    assert torch.equal(plans[0].kept, plans[1].kept) and not plans[0].kept.all()
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_values_of_choices_go_where_their_rows_go(limit: int | None) -> None:
+    _, experts = routing(9, 4, 2)
+    marks = torch.arange(18).view(9, 2)
+    receive, plan = dispatch(torch.arange(9.0)[:, None], experts, 4, SINGLE, limit)
+    carried = carry(marks, plan)
+    assert torch.equal(receive()[:, 0], (carried // 2).float())
+    assert torch.equal(experts.flatten()[carried], torch.arange(4).repeat_interleave(torch.tensor(plan.counts)))
+
+
+def test_sorting_by_token_and_back() -> None:
+    _, experts = routing(9, 4, 2)
+    receive, plan = dispatch(torch.arange(9.0, dtype=torch.float64)[:, None], experts, 4, SINGLE, None)
+    rows = receive().requires_grad_()
+    pairs = sort_by_token(rows, plan)
+    assert torch.equal(pairs[:, 0].detach(), torch.arange(9.0, dtype=torch.float64).repeat_interleave(2))
+    assert torch.equal(sort_by_expert(pairs, plan), rows)
+    assert torch.autograd.gradcheck(lambda r: sort_by_token(r.square(), plan), rows)
 
 
 def test_capacity_is_an_even_share_rounded_up() -> None:

@@ -11,6 +11,7 @@ from lightbulb.nn.activation import swiglu
 from lightbulb.nn.grouped import GroupedLinear, grouped_swiglu
 from lightbulb.nn.groups import enter_tensor_region, expert_axis, expert_tensor_axis, tensor_axis
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
+from lightbulb.nn.noise import RowDropout
 from lightbulb.nn.parameter import Init
 from lightbulb.registry import register
 
@@ -68,9 +69,12 @@ class SwiGLUExperts(nn.Module):
         self.gate_up = GroupedLinear(num_experts, dim, hidden_dim, init.std, tensor, expert, parts=2)
         self.down = GroupedLinear(num_experts, hidden_dim, dim, init.output_std, tensor, expert, has_split_input=True)
 
-    def forward(self, rows: Tensor, counts: list[int], context: Context) -> Tensor:
-        """``rows [R, dim]``; ``counts`` rows for each local expert."""
-        if self.gate_up.is_plain and self.down.is_plain:
+    def forward(self, rows: Tensor, counts: list[int], context: Context, dropout: RowDropout | None = None) -> Tensor:
+        """``rows [R, dim]``; ``counts`` rows for each local expert; ``dropout`` of the hidden features."""
+        if dropout is None and self.gate_up.is_plain and self.down.is_plain:
             return grouped_swiglu(rows, self.gate_up.weight, self.down.weight, counts)
         gate, up = self.gate_up(rows, counts).chunk(2, dim=-1)
-        return self.down(swiglu(gate, up), counts)
+        hidden = swiglu(gate, up)
+        if dropout is not None:
+            hidden = dropout(hidden, first=self.gate_up.axis.rank * hidden.shape[1])
+        return self.down(hidden, counts)
