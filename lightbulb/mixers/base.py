@@ -136,6 +136,8 @@ class ChannelMixerConfig(_MixerConfig, ABC):
 
     spreads_experts: ClassVar[bool] = False
     """Has whole experts to spread over the expert axis."""
+    treats_tokens_alone: ClassVar[bool] = True
+    """What a token becomes depends on no other token, so that the part can be an expert."""
     keeps_gaps: ClassVar[bool] = True
     """As of token mixers; true of what treats every token for itself."""
 
@@ -155,6 +157,9 @@ class ChannelMixerConfig(_MixerConfig, ABC):
     def check_expert_parallel(self, expert: int, expert_tensor: int) -> None:
         """Raise ValueError, naming field, value and fix, when the experts cannot be spread over ``expert`` ranks or
         each of them split over ``expert_tensor`` ranks."""
+
+    def check_ulysses(self, tensor: int, ulysses: int) -> None:
+        """Raise ValueError, naming field, value and fix, when the part cannot run on split sequences."""
 
 
 class ChannelMixer(nn.Module, ABC):

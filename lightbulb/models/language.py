@@ -155,9 +155,8 @@ class LanguageConfig(Config):
             for part, config in (("token", block.token), ("channel", block.channel)):
                 try:
                     config.check_tensor_parallel(tensor)
-                    if part == "token":
-                        block.token.check_ulysses(tensor, ulysses)
-                    else:
+                    config.check_ulysses(tensor, ulysses)
+                    if part == "channel":
                         block.channel.check_expert_parallel(expert, degrees.expert_tensor)
                 except ValueError as error:
                     raise ValueError(f"model.block_pattern.{index}.{part}.{error}") from None

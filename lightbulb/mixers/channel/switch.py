@@ -60,6 +60,8 @@ class SwitchConfig(ChannelMixerConfig):
             raise ValueError("set either hidden_dim (SwiGLU experts) or expert (any channel mixer)")
         if self.expert is not None and self.expert.routers():
             raise ValueError(f"expert.type {self.expert.type!r} has experts of its own; choose one without")
+        if self.expert is not None and not self.expert.treats_tokens_alone:
+            raise ValueError(f"expert.type {self.expert.type!r} mixes tokens of a sequence; choose one that does not")
         return self
 
     @model_validator(mode="after")
