@@ -147,6 +147,8 @@ class ChannelMixerConfig(_MixerConfig, ABC):
 
     spreads_experts: ClassVar[bool] = False
     """Has whole experts to spread over the expert axis."""
+    treats_tokens_alone: ClassVar[bool] = True
+    """What a token becomes depends on no other token, so that the part can be an expert."""
     keeps_gaps: ClassVar[bool] = True
     """As of token mixers; true of what treats every token for itself."""
 
