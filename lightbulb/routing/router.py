@@ -86,13 +86,12 @@ class Router(nn.Module):
             self.register_buffer("bias", torch.zeros(num_experts))
         self.statistics = RouterStatistics(num_experts)
 
-    def forward(self, x: Tensor, noise: Tensor | None = None, present: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Routing:
         """Route ``x [T, dim]``; in training the auxiliary losses hang on the gates.
 
         Args:
             x: tokens.
             noise: ``[T, dim]`` uniform on [0, 1) for the jitter, or None.
-            present: ``[T]`` bool, false for fillers, which are routed but neither counted nor balanced; None for all.
         """
         x = x.to(self.weight.dtype)  # float32, whatever x is
         if noise is not None:
@@ -104,8 +103,7 @@ class Router(nn.Module):
         experts = order.detach().topk(self.config.top_k, dim=-1).indices
         gates = self._gates(log_scores.gather(-1, experts))
         if self.training and torch.is_grad_enabled():
-            kept = slice(None) if present is None else present
-            gates = attach_loss(gates, self._auxiliary_losses(logits[kept], log_scores[kept], experts[kept]))
+            gates = attach_loss(gates, self._auxiliary_losses(logits, log_scores, experts))
         return Routing(gates, experts)
 
     def _gates(self, log_scores: Tensor) -> Tensor:
