@@ -6,7 +6,9 @@ sequence parallelism a rank's activations between mixers are the consecutive pos
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -56,15 +58,22 @@ class Context:
         """Noise for each feature of ``x [rows, batch, width]``, uniform on [0, 1); None outside training."""
         if self.noise is None:
             return None
-        if isinstance(self.rows, slice):
-            return self.noise.uniform(self.place, self.rows, x.shape[-1], x.device)
-        whole = self.noise.uniform(self.place, slice(None), x.shape[-1], x.device)
-        return whole.gather(0, self.rows[..., None].expand(*self.rows.shape, x.shape[-1]))
+        return self._of_rows(partial(self.noise.uniform, width=x.shape[-1], device=x.device))
 
     def keys(self, x: Tensor, width: int) -> Tensor | None:
         """Keys of rows that leave the positions of ``x [rows, batch, ...]``: int64 ``[rows, batch, width]``, ``width``
         of each position (see :meth:`Noise.keys`); None outside training."""
-        return None if self.noise is None else self.noise.keys(self.place, self.rows, width, x.device)
+        if self.noise is None:
+            return None
+        return self._of_rows(partial(self.noise.keys, width=width, device=x.device))
+
+    def _of_rows(self, draw: Callable[[str, slice], Tensor]) -> Tensor:
+        """The part of what ``draw`` gives for this place and positions, ``[positions, batch, width]``, that belongs to
+        this context's rows."""
+        if isinstance(self.rows, slice):
+            return draw(self.place, self.rows)
+        whole = draw(self.place, slice(None))
+        return whole.gather(0, self.rows[..., None].expand(*self.rows.shape, whole.shape[-1]))
 
     def dropout(self, x: Tensor, probability: float) -> Tensor:
         """Set features of ``x [rows, batch, width]`` to zero and scale up the rest (Srivastava et al. 2014); the

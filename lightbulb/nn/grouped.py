@@ -120,18 +120,21 @@ class _GroupedLinear(torch.autograd.Function):
 class _GroupedSwiGLU(torch.autograd.Function):
     """Expert by expert through both products, so that an expert's activations are still in cache for the next step.
 
-    Keeps the rows and the inputs of the activation; what is derived from them is computed again in the backward.
+    Keeps the rows and the inputs of the activation; what is derived from them is computed again in the backward. What
+    an expert needs for the moment lies where the expert before it had its own.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
-        dtype = product_dtype(rows)
-        inner = rows.new_empty(len(rows), gate_up.shape[1], dtype=dtype)
+        dtype, width = product_dtype(rows), down.shape[2]
+        inner = rows.new_empty(len(rows), 2 * width, dtype=dtype)
+        hidden = inner.new_empty(max(counts), width)
         result = torch.empty_like(rows)
         for expert, part in _parts(counts):
-            torch.mm(rows[part].to(dtype), gate_up[expert].to(dtype).t(), out=inner[part])
-            gate, up = inner[part].chunk(2, dim=-1)
-            _product(silu(gate).mul_(up), down[expert].to(dtype).t(), result[part])
+            own, active = inner[part], hidden[: part.stop - part.start]
+            torch.mm(rows[part].to(dtype), gate_up[expert].to(dtype).t(), out=own)
+            torch.ops.aten.silu.out(own[:, :width], out=active).mul_(own[:, width:])
+            _product(active, down[expert].to(dtype).t(), result[part])
         ctx.save_for_backward(rows, gate_up, down, inner)
         ctx.counts = counts
         return result
@@ -140,18 +143,20 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, gate_up, down, inner = ctx.saved_tensors
-        dtype = inner.dtype
+        dtype, width = inner.dtype, down.shape[2]
         grad_rows = torch.empty_like(rows)
         grad_gate_up, grad_down = (_zero_unused(torch.empty_like(weight), ctx.counts) for weight in (gate_up, down))
+        scratch = inner.new_empty(4, max(ctx.counts) * width)
         for expert, part in _parts(ctx.counts):
+            count = part.stop - part.start
+            activated, hidden = scratch[:2, : count * width].view(2, count, width)
+            grad_inner = scratch[2:].view(-1)[: 2 * count * width].view(count, 2 * width)
+            gate, up = inner[part].split(width, dim=1)
             incoming = grad[part].to(dtype)
-            gate, up = inner[part].chunk(2, dim=-1)
-            activated = silu(gate)
-            _product(incoming.t(), activated * up, grad_down[expert])
-            grad_inner = torch.empty_like(inner[part])
-            grad_gate, grad_up = grad_inner.chunk(2, dim=-1)
-            grad_hidden = incoming @ down[expert].to(dtype)
-            swiglu_grad_(gate, activated, up, grad_hidden, (grad_gate, grad_up))
+            torch.ops.aten.silu.out(gate, out=activated)
+            _product(incoming.t(), torch.mul(activated, up, out=hidden), grad_down[expert])
+            grad_hidden = torch.mm(incoming, down[expert].to(dtype), out=hidden)
+            swiglu_grad_(gate, activated, up, grad_hidden, grad_inner.split(width, dim=1))
             _product(grad_inner, gate_up[expert].to(dtype), grad_rows[part])
             _product(grad_inner.t(), rows[part].to(dtype), grad_gate_up[expert])
         return grad_rows, grad_gate_up, grad_down, None

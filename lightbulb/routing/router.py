@@ -86,26 +86,25 @@ class Router(nn.Module):
             self.register_buffer("bias", torch.zeros(num_experts))
         self.statistics = RouterStatistics(num_experts)
 
-    def forward(self, x: Tensor, noise: Tensor | None = None, present: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Routing:
         """Route ``x [T, dim]``; in training the auxiliary losses hang on the gates.
 
         Args:
             x: tokens.
             noise: ``[T, dim]`` uniform on [0, 1) for the jitter, or None.
-            present: ``[T]`` bool, false for fillers, which are routed but neither counted nor balanced; None for all.
         """
         x = x.to(self.weight.dtype)  # float32, whatever x is
         if noise is not None:
             x = x * (1 + self.config.jitter * (2 * noise - 1))
         logits = linear(x, self.weight)
-        log_scores = logits.log_softmax(-1) if self.config.score == "softmax" else logsigmoid(logits)
+        log_z = logits.logsumexp(-1, keepdim=True)
+        log_scores = logits - log_z if self.config.score == "softmax" else logsigmoid(logits)
         # Scores grow with their logits, but round: logits that differ may have one score.
         order = log_scores.exp() + self.bias if self.config.bias_rate else logits
         experts = order.detach().topk(self.config.top_k, dim=-1).indices
         gates = self._gates(log_scores.gather(-1, experts))
         if self.training and torch.is_grad_enabled():
-            kept = slice(None) if present is None else present
-            gates = attach_loss(gates, self._auxiliary_losses(logits[kept], log_scores[kept], experts[kept]))
+            gates = attach_loss(gates, self._auxiliary_losses(log_z, log_scores, experts))
         return Routing(gates, experts)
 
     def _gates(self, log_scores: Tensor) -> Tensor:
@@ -116,12 +115,12 @@ class Router(nn.Module):
             log_scores = log_scores - (log_sum if config.normalizer_gradient else log_sum.detach())
         return config.gate_scale * log_scores.exp()
 
-    def _auxiliary_losses(self, logits: Tensor, log_scores: Tensor, experts: Tensor) -> Tensor:
+    def _auxiliary_losses(self, log_z: Tensor, log_scores: Tensor, experts: Tensor) -> Tensor:
         """Balance and z-loss, summed over tokens; they are counted in the statistics too."""
-        log_z = logits.logsumexp(-1)
-        probabilities = log_scores.softmax(-1)  # scores divided by their sum
+        scores_sum_to_one = self.config.score == "softmax"
+        probabilities = log_scores.exp() if scores_sum_to_one else log_scores.softmax(-1)
         with torch.no_grad():
-            self.statistics.add(experts, probabilities, log_z)
+            self.statistics.add(experts, probabilities, log_z[:, 0])
         balance = self.config.balance_loss * self.num_experts * (probabilities @ self.load).sum()
         return balance + self.config.z_loss * log_z.square().sum()
 

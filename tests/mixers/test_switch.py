@@ -236,7 +236,7 @@ def test_what_is_not_finite_does_not_hang_and_stays_in_its_token() -> None:
     assert close(found[others], clean[others]) and found[~others].isnan().all()
 
 
-def run_noisy(module: Switch, x: Tensor, samples: list[int], rows: slice = slice(None)) -> Tensor:
+def run_noisy(module: Switch, x: Tensor, samples: list[int], rows: slice | Tensor = slice(None)) -> Tensor:
     noise = Noise(3, torch.tensor(samples), LENGTH)
     return module(x, Context(torch.arange(LENGTH), rows=rows, noise=noise, place="1.channel"))[0]
 
@@ -275,10 +275,9 @@ def test_equality_expert_dropout_follows_tokens() -> None:
     assert close(run_noisy(renamed, x, [5, 9]), whole)
 
 
-def test_fillers_leave_no_trace_in_statistics() -> None:
-    module, x = switch(), draw()
-    present = torch.ones(BATCH, LENGTH, dtype=torch.bool)
-    present[1, 4:] = False
-    module(x, Context(torch.arange(LENGTH), present=present))
-    counted = module.router.statistics.take(x.device)
-    assert counted[-1] == LENGTH + 4 and counted[:4].sum() == 2 * (LENGTH + 4)
+def test_equality_expert_dropout_follows_tokens_chosen_per_sample() -> None:
+    """As behind a mixture of depths, where the rows of each sample are other positions."""
+    module, x = switch(expert_dropout=0.4), draw()
+    whole, rows = run_noisy(module, x, [5, 9]), torch.tensor([[0, 1], [2, 3], [5, 6]])
+    taken = rows[..., None].expand(-1, -1, DIM)
+    assert close(run_noisy(module, x.gather(0, taken), [5, 9], rows), whole.gather(0, taken))
