@@ -12,10 +12,12 @@ from torch.autograd.function import once_differentiable
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each ``[length, 1, 1, head_dim / 2]`` in float32, for ``positions [length]``."""
+    """Cosines and sines, each ``[length, 1, 1, head_dim / 2]`` in float32, for ``positions [length]``; ``[length,
+    batch, 1, head_dim / 2]`` for positions of each sample, ``[length, batch]``."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.to(torch.float32)[:, None] * theta**-exponents
-    return angles.cos()[:, None, None, :], angles.sin()[:, None, None, :]
+    positions = positions[:, None] if positions.dim() == 1 else positions
+    angles = (positions.to(torch.float32)[..., None] * theta**-exponents)[:, :, None]
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
