@@ -99,8 +99,8 @@ def chunkwise(
 
 
 def segment_sum(steps: Tensor) -> Tensor:
-    """``[..., length]`` to ``[..., length, length]``: at (i, j) the sum of ``steps`` over ``j < s <= i``, minus infinity
-    where j > i. Sums what it says, instead of subtracting sums that lost the small digits."""
+    """``[..., length]`` to ``[..., length, length]``: at (i, j) the sum of ``steps`` over ``j < s <= i``, minus
+    infinity where j > i. Sums what it says, instead of subtracting sums that lost the small digits."""
     length = steps.shape[-1]
     lower = torch.ones(length, length, dtype=torch.bool, device=steps.device).tril()
     summands = steps[..., :, None].expand(*steps.shape, length).where(lower.tril(-1), 0.0)
