@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from lightbulb.nn.precision import product_dtype
 
+_LEAST = -800.0  # exp(-746) is zero, in float64 too
+
 
 def parallel(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, starts: Tensor | None = None) -> Tensor:
     """All positions at once, from an empty state: ``((Q K^T) * L) V`` with ``L_ij`` the decay from j to i.
@@ -97,8 +99,8 @@ def chunkwise(
 
 
 def segment_sum(steps: Tensor) -> Tensor:
-    """``[..., length]`` to ``[..., length, length]``: at (i, j) the sum of ``steps`` over ``j < s <= i``, minus infinity
-    where j > i. Sums what it says, instead of subtracting sums that lost the small digits."""
+    """``[..., length]`` to ``[..., length, length]``: at (i, j) the sum of ``steps`` over ``j < s <= i``, minus
+    infinity where j > i. Sums what it says, instead of subtracting sums that lost the small digits."""
     length = steps.shape[-1]
     lower = torch.ones(length, length, dtype=torch.bool, device=steps.device).tril()
     summands = steps[..., :, None].expand(*steps.shape, length).where(lower.tril(-1), 0.0)
@@ -180,12 +182,14 @@ class _Decays(NamedTuple):
 
 
 def _decays(log_decay: Tensor, starts: Tensor | None, sizes: _Sizes, dtype: torch.dtype) -> _Decays:
-    """Sums of log decays start anew in each chunk and are kept in float64, where their differences are exact enough."""
+    """Sums of log decays start anew in each chunk and are kept in float64, where their differences are exact enough;
+    a decay beyond every number's range is cut, lest it swallow the digits of those that follow."""
     split = (sizes.groups, sizes.heads)
+    steps = log_decay.double().clamp(min=_LEAST)
     if log_decay.ndim == 1:
-        steps = log_decay.double().view(1, split[0], 1, split[1], 1).expand(-1, -1, -1, -1, sizes.rows)
+        steps = steps.view(1, split[0], 1, split[1], 1).expand(-1, -1, -1, -1, sizes.rows)
     else:
-        steps = log_decay.double().unflatten(2, (sizes.chunks, sizes.rows)).unflatten(1, split).transpose(2, 3)
+        steps = steps.unflatten(2, (sizes.chunks, sizes.rows)).unflatten(1, split).transpose(2, 3)
     total = steps.cumsum(-1)
     last = total[..., -1:]
     future = torch.ones(sizes.rows, sizes.rows, dtype=torch.bool, device=total.device).triu(1)

@@ -43,7 +43,9 @@ def starts(length: int) -> Tensor:
 
 def gradients(results: tuple[Tensor, ...], wanted: list[Tensor]) -> list[Tensor]:
     torch.manual_seed(2)
-    return list(torch.autograd.grad(results, wanted, [torch.randn_like(r) for r in results]))
+    return list(
+        torch.autograd.grad(results, wanted, [torch.randn(r.shape, dtype=torch.float64).to(r.dtype) for r in results])
+    )
 
 
 def assert_close(found: object, wanted: object, tolerance: float = 1e-10) -> None:
@@ -155,7 +157,7 @@ def test_bfloat16_is_within_rounding(amx: bool, monkeypatch: pytest.MonkeyPatch)
     assert found[0].dtype == torch.bfloat16 and found[1].dtype == torch.float32
     results = [*found, *gradients(found[:1], list(lower))]
     torch.manual_seed(2)
-    grad = torch.randn_like(found[0]).double()
+    grad = torch.randn(found[0].shape, dtype=torch.float64).bfloat16().double()
     for ours, theirs in zip(results, [*wanted, *torch.autograd.grad(wanted[0], exact, grad)], strict=True):
         assert (ours - theirs).norm() < 2e-2 * theirs.norm()
 

@@ -126,7 +126,8 @@ class Retention(TokenMixer):
         parts = [layer(x).unflatten(-1, (-1, self.width)) for layer in (self.query, self.key, self.value)]
         query, key, value = scatter_heads(parts, self.ulysses)
         value = value.unflatten(2, (-1, self.config.value_factor)).flatten(3)
-        cos, sin = rotary_angles(context.positions, self.width, self.config.rope_theta)
+        angles = rotary_angles(context.positions, self.width, self.config.rope_theta)
+        cos, sin = (t.to(state_dtype(x.dtype)) for t in angles)
         scale = self.width**-0.5
         query, key = rotate(query, scale * cos, scale * sin), rotate(key, cos, sin)
         heads = [t.permute(1, 2, 0, 3) for t in (query, key, value)]
