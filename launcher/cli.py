@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prove": ("lightbulb.launcher.prove", "compare every parallel layout with one process"),
     "generate": ("lightbulb.launcher.generate", "continue a prompt with a trained model"),
     "report": ("lightbulb.launcher.report", "draw a run's curves and write report.html"),
+    "parts": ("lightbulb.launcher.parts", "list the mixers, experts and modifiers a model can be made of"),
     "schema": ("lightbulb.launcher.schema", "print the JSON schema of a config file"),
 }
 """Command to its module and its line of help."""

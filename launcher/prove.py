@@ -1,16 +1,18 @@
-"""Prove that every layout trains the same model: `lightbulb prove CONFIG [key=value ...] --ranks N`.
+"""Prove that every layout trains the same model: `lightbulb prove CONFIG ... [key=value ...] --ranks N`.
 
 Trains a few steps on every choice of tensor, pipeline, Ulysses, expert and data degrees that fits N CPU processes, with
 the layout's options and the run file's variants taking turns, and compares losses, every gradient, gradient norm,
-clipping, routers, weights and moments with plain PyTorch in one process. Reads a run file (its corpus is not needed);
-writes certificate.json and certificate.md to RUN/proof. The last line of the output is JSON.
+clipping, routers, weights and moments with plain PyTorch in one process. Reads run files (their corpora are not
+needed); writes certificate.json and certificate.md of each to RUN/proof. The last line of the output is JSON, over all.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,44 +20,60 @@ from rich.table import Table
 
 from lightbulb.config import ConfigError
 from lightbulb.evaluation.certificate import COLUMNS, cell, summary, write_certificate
-from lightbulb.evaluation.proof import BOUNDS, LayoutResult, Proof, load_variants, plan, prove, trial_of
+from lightbulb.evaluation.proof import BOUNDS, LayoutResult, Proof, Skipped, load_variants, plan, prove, trial_of
+from lightbulb.evaluation.trial import Trial
 from lightbulb.folder import FolderError, claim
 from lightbulb.parallel.workers import JobError, RankPool
 from lightbulb.train.config import RunConfig
 
 
+class Planned(NamedTuple):
+    """What the proof of one run file will train."""
+
+    variants: list[Trial]
+    trials: list[Trial]
+    skipped: list[Skipped]
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command: 0 when every layout passed, 1 when one did not or nothing could be compared."""
     arguments = _parser().parse_intermixed_args(argv)
+    overrides = [text for text in arguments.arguments if "=" in text]
+    paths = [text for text in arguments.arguments if "=" not in text]
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    proofs: dict[str, Proof] = {}
+    certificates: dict[str, str] = {}
     try:
-        configs = load_variants(arguments.config, arguments.overrides)
-        run = next(iter(configs.values())).run
-        output = Path(arguments.output or Path(run, "proof")).expanduser()
-        with claim(output):
-            proof = _prove(configs, arguments.ranks, arguments.steps)
-            write_certificate(proof, configs, output)
+        if not paths:
+            raise ConfigError("no run file given; name one, such as configs/debug/proof.yaml")
+        files = {path: load_variants(path, overrides) for path in paths}
+        plans = {path: _plan(configs, arguments.ranks, arguments.steps) for path, configs in files.items()}
+        with _progress() as progress, _pool(arguments.ranks, progress) as pool:
+            for path, configs in files.items():
+                output = _output(configs, arguments.output, path if len(files) > 1 else "")
+                with claim(output):
+                    proofs[path] = _prove(path, plans[path], pool, progress)
+                    write_certificate(proofs[path], configs, output)
+                certificates[path] = str(output / "certificate.json")
+                _show(proofs[path], output, console)
     except (ConfigError, FolderError, JobError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(_table(proof))
-    for skipped in proof.skipped:
-        console.print(f"skipped {skipped.label}: {skipped.reason}", highlight=False, markup=False)
-    console.print(f"certificate: {output / 'certificate.md'}", highlight=False, soft_wrap=True)
-    for result in proof.results:
-        for failure in result.failures:
-            print(f"error: {failure}", file=sys.stderr)
-    print(json.dumps(summary(proof) | {"certificate": str(output / "certificate.json")}))
-    return 0 if proof.ok else 1
+    print(json.dumps(summary(proofs) | {"certificates": certificates}))
+    return 0 if all(proof.ok for proof in proofs.values()) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightbulb prove", description="Prove that all layouts train the same model.")
-    parser.add_argument("config", help="run file (YAML)")
-    parser.add_argument("overrides", nargs="*", help="settings such as model.tie_embeddings=true")
+    parser.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="CONFIG",
+        help="run files (YAML), and settings such as model.tie_embeddings=true",
+    )
     parser.add_argument("--ranks", type=_positive, default=4, help="CPU processes of the largest layouts (default 4)")
     parser.add_argument("--steps", type=_positive, default=3, help="training steps (default 3)")
-    parser.add_argument("--output", help="folder of the certificate (default: RUN/proof)")
+    parser.add_argument("--output", help="folder of the certificates (default: RUN/proof)")
     return parser
 
 
@@ -66,23 +84,51 @@ def _positive(text: str) -> int:
     return value
 
 
-def _prove(configs: Mapping[str, RunConfig], ranks: int, steps: int) -> Proof:
+def _plan(configs: Mapping[str, RunConfig], ranks: int, steps: int) -> Planned:
     variants = [trial_of(config, steps, name) for name, config in configs.items()]
-    trials, skipped = plan(variants, ranks)
+    return Planned(variants, *plan(variants, ranks))
+
+
+def _output(configs: Mapping[str, RunConfig], folder: str | None, path: str) -> Path:
+    """The folder of a certificate; with several run files in one folder, a folder for each of them in it."""
+    if folder is None:
+        return Path(next(iter(configs.values())).run, "proof").expanduser()
+    return Path(folder, Path(path).stem if path else "").expanduser()
+
+
+def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"starting {ranks} ranks", total=len(trials))
-        with RankPool(ranks) as pool:
-            progress.update(task, description="layouts")
+    return Progress(*columns, console=Console(stderr=True))
 
-            def done(result: LayoutResult) -> None:
-                verdict = "equal" if result.ok else "DIFFERENT"
-                progress.console.print(
-                    f"{result.trial.label()}: {verdict}, {result.seconds:.1f} s", highlight=False, soft_wrap=True
-                )
-                progress.advance(task)
 
-            return prove(variants, trials, skipped, pool, done)
+@contextmanager
+def _pool(ranks: int, progress: Progress) -> Iterator[RankPool]:
+    task = progress.add_task(f"starting {ranks} ranks", total=None)
+    with RankPool(ranks) as pool:
+        progress.remove_task(task)
+        yield pool
+
+
+def _prove(path: str, planned: Planned, pool: RankPool, progress: Progress) -> Proof:
+    task = progress.add_task(path, total=len(planned.trials))
+
+    def done(result: LayoutResult) -> None:
+        verdict = "equal" if result.ok else "DIFFERENT"
+        line = f"{result.trial.label()}: {verdict}, {result.seconds:.1f} s"
+        progress.console.print(line, highlight=False, soft_wrap=True)
+        progress.advance(task)
+
+    return prove(*planned, pool, done)
+
+
+def _show(proof: Proof, output: Path, console: Console) -> None:
+    console.print(_table(proof))
+    for skipped in proof.skipped:
+        console.print(f"skipped {skipped.label}: {skipped.reason}", highlight=False, markup=False)
+    console.print(f"certificate: {output / 'certificate.md'}", highlight=False, soft_wrap=True)
+    for result in proof.results:
+        for failure in result.failures:
+            print(f"error: {failure}", file=sys.stderr)
 
 
 def _table(proof: Proof) -> Table:

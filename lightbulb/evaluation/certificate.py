@@ -45,23 +45,24 @@ def write_certificate(proof: Proof, configs: Mapping[str, Config], folder: Path)
     write_atomically(folder / "certificate.md", as_markdown(proof))
 
 
-def summary(proof: Proof) -> dict[str, Any]:
-    """The proof in one line of JSON."""
-    worst = {key: _number(proof.worst(quantity)) for quantity, key in _SUMMARY.items()}
+def summary(proofs: Mapping[str, Proof]) -> dict[str, Any]:
+    """Proofs, by the name of their run file, in one line of JSON: counts, and the worst differences over all."""
+    results = [(name, result) for name, proof in proofs.items() for result in proof.results]
     return {
-        "layouts": len(proof.results),
-        "skipped": len(proof.skipped),
-        **worst,
-        "ok": proof.ok,
-        "failed": [result.trial.label() for result in proof.results if not result.ok],
-        "seconds": round(proof.seconds, 1),
+        "layouts": len(results),
+        "skipped": sum(len(proof.skipped) for proof in proofs.values()),
+        **{key: _number(max(proof.worst(quantity) for proof in proofs.values())) for quantity, key in _SUMMARY.items()},
+        "ok": all(proof.ok for proof in proofs.values()),
+        "failed": [f"{name}: {result.trial.label()}" for name, result in results if not result.ok],
+        "configs": {name: len(proof.results) for name, proof in proofs.items()},
+        "seconds": round(sum(proof.seconds for proof in proofs.values()), 1),
     }
 
 
 def as_json(proof: Proof, configs: Mapping[str, Config]) -> dict[str, Any]:
     """Everything, versions and the config of each variant included."""
     return {
-        **summary(proof),
+        **summary({"": proof}),
         "versions": versions(),
         "bounds": BOUNDS,
         "variants": {
@@ -90,8 +91,8 @@ def as_markdown(proof: Proof) -> str:
         "",
         "Each layout was trained on the same batches as a plain PyTorch model in one process (no process groups, one "
         "pass over the whole batch). The numbers are the largest differences over all ranks, steps and parameters: "
-        "gradients and moments relative to the parameter's largest element, gradient norm and clip coefficient "
-        "relative, the rest absolute.",
+        "gradients and moments relative to the parameter's largest element (at least a hundredth of the model's), "
+        "gradient norm and clip coefficient relative, the rest absolute.",
         "",
         f"Learning rate {trial.optimizer.lr:g}, epsilon {trial.optimizer.eps:g}. "
         + ", ".join(f"{name} {number}" for name, number in versions().items())

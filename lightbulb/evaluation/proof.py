@@ -24,12 +24,12 @@ from lightbulb.train.config import RunConfig
 
 BOUNDS = {
     "loss": 1e-5,  # absolute, nats
-    "gradient": 1e-4,  # of the parameter's largest gradient
+    "gradient": 1e-4,  # of the parameter's largest gradient, or of a hundredth of the model's
     "grad_norm": 1e-4,  # relative
     "clip": 1e-4,  # relative
     "router": 1e-5,  # absolute: loads, balance loss, z-loss, entropy
     "weight": 1e-5,  # absolute
-    "moment": 1e-4,  # of the parameter's largest moment
+    "moment": 1e-4,  # of the parameter's largest moment, or as above
 }
 """Largest differences that float32 rounding may cause; a wrong group, scale or sum is orders of magnitude above."""
 

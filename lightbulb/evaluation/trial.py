@@ -7,6 +7,7 @@ not the mean; and the gradient is clipped at least once.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from lightbulb.routing.balance import summarise
 from lightbulb.routing.router import Router
 
 _MEAN_DOCUMENTS = 3.0  # per context
+_NOTICED = 1e-2  # a parameter whose gradient is below this share of the model's largest is compared with the share
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,13 @@ class Reference:
         results: of each step.
         clip_grad: the clipping norm that was used: the config's, lowered where that would never have clipped.
         shapes: every parameter's logical shape.
+        largest: the model's largest element of each step's gradient (``gradient/0``) and of each moment.
     """
 
     results: list[StepResult]
     clip_grad: float
     shapes: dict[str, tuple[int, ...]]
+    largest: dict[str, float] = field(default_factory=dict)
 
 
 class Difference(NamedTuple):
@@ -160,10 +164,12 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
     parameters = dict(model.named_parameters())
     optimizer = _plain_adamw(trial.optimizer, list(parameters.values()))
     results: list[StepResult] = []
+    largest: dict[str, float] = {}
     clip_grad = trial.optimizer.clip_grad
     for step in range(trial.steps):
         result, gradients = _plain_gradients(model, global_batch(trial, step), trial.seed)
         save_file(gradients, _gradient_file(folder, step))
+        largest[f"gradient/{step}"] = _largest(gradients.values())
         if step == 0:
             clip_grad = min(clip_grad, result.grad_norm / 2)
         result.clip_coefficient = min(1.0, clip_grad / (result.grad_norm + 1e-6))
@@ -175,7 +181,9 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
     end |= {f"{moment}/{name}": optimizer.state[p][moment] for name, p in parameters.items() for moment in MOMENTS}
     end |= {f"router/{name}.{key}": value for name, router in _routers(model) for key, value in router.named_buffers()}
     save_file(end, _end_file(folder))
-    return Reference(results, clip_grad, {name: tuple(p.shape) for name, p in parameters.items()})
+    for moment in MOMENTS:
+        largest[moment] = _largest(optimizer.state[p][moment] for p in parameters.values())
+    return Reference(results, clip_grad, {name: tuple(p.shape) for name, p in parameters.items()}, largest)
 
 
 def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) -> RankReport:
@@ -192,12 +200,12 @@ def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) ->
             for name, parameter in parameters.items():
                 whole = tensors.get_tensor(name)
                 ours, part = engine.gradient(parameter), whole[logical_of(parameter).slices()]
-                where, scale = f"{name} at step {step + 1}", float(whole.abs().max())
-                report.compare("gradient", step + 1, where, ours, part, scale)
+                scale = _scale(whole, reference.largest[f"gradient/{step}"] * _NOTICED)
+                report.compare("gradient", step + 1, f"{name} at step {step + 1}", ours, part, scale)
         _compare_step(report, step, engine.update(optimizer.lr), expected)
     with safe_open(_end_file(folder), "pt") as tensors:
         for name, parameter in parameters.items():
-            _compare_end(report, trial.steps, engine, name, parameter, tensors)
+            _compare_end(report, trial.steps, engine, name, parameter, tensors, reference.largest)
         for name, router in engine.routers():
             for key, value in router.named_buffers():
                 expected_value = tensors.get_tensor(f"router/{name}.{key}")
@@ -259,7 +267,13 @@ def _compare_step(report: RankReport, step: int, ours: StepResult, expected: Ste
 
 
 def _compare_end(
-    report: RankReport, step: int, engine: Engine, name: str, parameter: nn.Parameter, tensors: Any
+    report: RankReport,
+    step: int,
+    engine: Engine,
+    name: str,
+    parameter: nn.Parameter,
+    tensors: Any,
+    largest: dict[str, float],
 ) -> None:
     """Weight, its master copy and moments after the last step."""
     slices = logical_of(parameter).slices()
@@ -270,7 +284,18 @@ def _compare_end(
     for moment in MOMENTS:
         whole = tensors.get_tensor(f"{moment}/{name}")
         where = f"{name} ({moment}) after the last step"
-        report.compare("moment", step, where, state[moment], whole[slices], float(whole.abs().max()))
+        noticed = _NOTICED**2 if moment == "exp_avg_sq" else _NOTICED
+        report.compare("moment", step, where, state[moment], whole[slices], _scale(whole, largest[moment] * noticed))
+
+
+def _scale(whole: Tensor, least: float) -> float:
+    """What differences in a parameter's gradient or moment are measured by: its largest element, if that is not the
+    remainder of a cancellation (the gradient along a direction that a norm takes out, say)."""
+    return max(float(whole.abs().max()), least)
+
+
+def _largest(tensors: Iterable[Tensor]) -> float:
+    return max(float(tensor.abs().max()) for tensor in tensors)
 
 
 def _routers(model: nn.Module) -> list[tuple[str, Router]]:

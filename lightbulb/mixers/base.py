@@ -33,7 +33,8 @@ class Context:
         document_ids: ``[batch, length]`` or None; when given, no token may see another document.
         present: ``[batch, length]`` bool or None; where false there is no token but a filler, which no token may see
             and whose result nobody reads. Comes with positions per sample only.
-        rows: the positions this rank holds between mixers.
+        rows: the positions this rank holds between mixers: a slice, or ``[length, batch]`` indices where samples keep
+            different tokens.
         noise: source of dropout and jitter, or None outside training.
         place: name of the part that reads this context, for its noise.
         recompute: what the backward runs again.
@@ -42,7 +43,7 @@ class Context:
     positions: Tensor
     document_ids: Tensor | None = None
     present: Tensor | None = None
-    rows: slice = field(default_factory=lambda: slice(None))
+    rows: slice | Tensor = field(default_factory=lambda: slice(None))
     noise: Noise | None = None
     place: str = ""
     recompute: Recompute = "none"
@@ -55,7 +56,10 @@ class Context:
         """Noise for each feature of ``x [rows, batch, width]``, uniform on [0, 1); None outside training."""
         if self.noise is None:
             return None
-        return self.noise.uniform(self.place, self.rows, x.shape[-1], x.device)
+        if isinstance(self.rows, slice):
+            return self.noise.uniform(self.place, self.rows, x.shape[-1], x.device)
+        whole = self.noise.uniform(self.place, slice(None), x.shape[-1], x.device)
+        return whole.gather(0, self.rows[..., None].expand(*self.rows.shape, x.shape[-1]))
 
     def dropout(self, x: Tensor, probability: float) -> Tensor:
         """Set features of ``x [rows, batch, width]`` to zero and scale up the rest (Srivastava et al. 2014); the
@@ -132,6 +136,8 @@ class ChannelMixerConfig(_MixerConfig, ABC):
 
     spreads_experts: ClassVar[bool] = False
     """Has whole experts to spread over the expert axis."""
+    keeps_gaps: ClassVar[bool] = True
+    """As of token mixers; true of what treats every token for itself."""
 
     @abstractmethod
     def build(self, dim: int, init: Init) -> "ChannelMixer":

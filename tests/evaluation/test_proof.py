@@ -104,7 +104,7 @@ def make_proof(worst: dict[str, Difference], failures: list[str]) -> Proof:
 
 def test_certificate_of_a_proof_that_holds() -> None:
     proof = make_proof({"loss": Difference(1e-7, "loss at step 1", 5.0, 5.0)}, [])
-    line = summary(proof)
+    line = summary({"": proof})
     assert line["ok"] and line["layouts"] == 1 and line["skipped"] == 1 and line["worst_loss_diff"] == 1e-7
     written: dict[str, Any] = json.loads(json.dumps(as_json(proof, {"": run_config()}), allow_nan=False))
     assert written["compared"][0]["worst"]["loss"]["where"] == "loss at step 1"
@@ -114,7 +114,7 @@ def test_certificate_of_a_proof_that_holds() -> None:
 
 def test_certificate_of_a_layout_that_crashed() -> None:
     proof = make_proof({}, ["TP1xPP1xEP1xDP1 micro-batch 1: rank 0 died\nmore"])
-    line = summary(proof)
+    line = summary({"": proof})
     assert not line["ok"] and line["worst_loss_diff"] is None
     assert json.dumps(as_json(proof, {"": run_config()}), allow_nan=False)
     assert "**FAILED**" in as_markdown(proof) and "- TP1xPP1xEP1xDP1 micro-batch 1: rank 0 died\n" in as_markdown(proof)

@@ -26,7 +26,7 @@ def test_two_ranks_agree_and_the_certificate_says_so(tmp_path: Path, capsys: pyt
         0 < line["worst_grad_rel_diff"] < 1e-4 and line["worst_loss_diff"] < 1e-5 and line["worst_weight_diff"] < 1e-5
     )
     assert line["seconds"] > 0
-    certificate = json.loads(Path(line["certificate"]).read_text())
+    certificate = json.loads(Path(line["certificates"][CONFIG]).read_text())
     assert [entry["layout"] for entry in certificate["compared"]][-1] == "TP2xPP1xEP1xDP1 sequence"
     assert certificate["variants"][""]["reference"][0]["clip_coefficient"] < 1.0
     assert "| TP1xPP2xEP1xDP1 " in (tmp_path / "proof" / "certificate.md").read_text()
@@ -39,7 +39,7 @@ def test_a_broken_bound_names_layout_place_and_numbers(
     monkeypatch.setitem(proof.BOUNDS, "gradient", 1e-12)
     assert run(tmp_path, "--steps", "1", "--ranks", "1") == 1
     printed = capsys.readouterr()
-    assert json.loads(printed.out.splitlines()[-1])["failed"] == ["TP1xPP1xEP1xDP1 micro-batch 1"]
+    assert json.loads(printed.out.splitlines()[-1])["failed"] == [f"{CONFIG}: TP1xPP1xEP1xDP1 micro-batch 1"]
     assert "error: TP1xPP1xEP1xDP1 micro-batch 1: gradient: " in printed.err
     assert " at step 1 is " in printed.err and "where 1e-12 is allowed" in printed.err
 
@@ -54,6 +54,20 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "a file stands where a folder is needed" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, "--ranks", "0")
+
+
+def test_several_run_files_give_one_closing_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(Path(CONFIG).read_text().replace("num_experts: 8", "num_experts: 4"))
+    assert prove.main([CONFIG, str(other), *SMALL, "--ranks", "1", "--output", str(tmp_path / "proofs")]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["ok"] is True and line["layouts"] == 2 and line["configs"] == {CONFIG: 1, str(other): 1}
+    worst = []
+    for path in (CONFIG, str(other)):
+        certificate = json.loads(Path(line["certificates"][path]).read_text())
+        assert certificate["layouts"] == 1
+        worst.append(certificate["worst_grad_rel_diff"])
+    assert line["worst_grad_rel_diff"] == max(worst)
 
 
 @pytest.mark.slow
