@@ -133,12 +133,11 @@ def trial_of(config: RunConfig, steps: int, variant: str = "") -> Trial:
     Raises:
         ConfigError: the model drops tokens by rank and micro-batch, so that layouts differ by design.
     """
-    for index, block in enumerate(config.model.block_pattern):
+    for place, block in config.model.written_blocks():
         if getattr(block.channel, "capacity_factor", None) is not None:
             raise ConfigError(
-                f"model.block_pattern.{index}.channel.capacity_factor: which tokens are dropped depends on the layout, "
-                f"so layouts cannot be equal; prove the dropless model: model.block_pattern.{index}.channel."
-                "capacity_factor=null"
+                f"model.{place}.channel.capacity_factor: which tokens are dropped depends on the layout, so layouts "
+                f"cannot be equal; prove the dropless model: model.{place}.channel.capacity_factor=null"
             )
     settings = {"lr": min(config.optimizer.lr, MAX_LR), "eps": max(config.optimizer.eps, MIN_EPS)}
     return Trial(

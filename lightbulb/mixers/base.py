@@ -91,6 +91,13 @@ class _MixerConfig(Config, ABC):
     def check_tensor_parallel(self, degree: int) -> None:
         """Raise ValueError, naming field, value and fix, when the part cannot be split over ``degree`` ranks."""
 
+    def check_ulysses(self, tensor: int, ulysses: int) -> None:
+        """Raise ValueError, naming field, value and fix, when the part cannot run on split sequences."""
+
+    def check_expert_parallel(self, expert: int, expert_tensor: int) -> None:
+        """Raise ValueError, naming field, value and fix, when the experts cannot be spread over ``expert`` ranks or
+        each of them split over ``expert_tensor`` ranks."""
+
     def routers(self) -> dict[str, int]:
         """Module name inside the mixer of each :class:`~lightbulb.routing.router.Router`, with its experts."""
         return {}
@@ -111,7 +118,6 @@ class TokenMixerConfig(_MixerConfig, ABC):
         """Parameters and FLOPs per token, averaged over a full context."""
 
     def check_ulysses(self, tensor: int, ulysses: int) -> None:
-        """Raise ValueError, naming field, value and fix, when the part cannot run on split sequences."""
         if ulysses > 1:
             raise ValueError(f"type {self.type!r} needs whole sequences; set parallel.ulysses: 1")
 
@@ -151,10 +157,6 @@ class ChannelMixerConfig(_MixerConfig, ABC):
         """This mixer once per expert: called with ``rows [R, dim]`` sorted by expert, ``counts`` of each local expert
         and a context, it gives ``[R, dim]``, partial sums over the expert tensor axis."""
         return ExpertBank(num_experts, lambda: self.build(dim, init))
-
-    def check_expert_parallel(self, expert: int, expert_tensor: int) -> None:
-        """Raise ValueError, naming field, value and fix, when the experts cannot be spread over ``expert`` ranks or
-        each of them split over ``expert_tensor`` ranks."""
 
 
 class ChannelMixer(nn.Module, ABC):

@@ -1,4 +1,4 @@
-"""One layer: pre-norm residual around a token mixer, then around a channel mixer."""
+"""One layer: pre-norm residual around a token mixer, then around a channel mixer, if it has one."""
 
 from typing import Annotated, Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightbulb.config import Config, Cost, Registered
-from lightbulb.mixers.base import ChannelMixerConfig, Context, TokenMixerConfig
+from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, TokenMixerConfig
 from lightbulb.nn.norm import RMSNorm
 from lightbulb.nn.parameter import Init
 
@@ -19,16 +19,21 @@ class BlockConfig(Config):
 
     token: Annotated[TokenMixerConfig, Registered("token_mixer")]
     """Mixes along the sequence."""
-    channel: Annotated[ChannelMixerConfig, Registered("channel_mixer")]
-    """Mixes along the features."""
+    channel: Annotated[ChannelMixerConfig, Registered("channel_mixer")] | None = None
+    """Mixes along the features; None for nothing, as in Mamba."""
 
     def build(self, dim: int, context_length: int, norm_eps: float, dropout: float, init: Init) -> "Block":
         """The module, uninitialised."""
         return Block(self, dim, context_length, norm_eps, dropout, init)
 
     def cost(self, dim: int, context_length: int) -> Cost:
-        """Both mixers and both norms."""
-        return self.token.cost(dim, context_length) + self.channel.cost(dim) + Cost(2 * dim, 2 * dim, 0.0)
+        """The mixers and a norm for each."""
+        token = self.token.cost(dim, context_length) + Cost(dim, dim, 0.0)
+        return token if self.channel is None else token + self.channel.cost(dim) + Cost(dim, dim, 0.0)
+
+    def mixers(self) -> dict[str, TokenMixerConfig | ChannelMixerConfig]:
+        """The mixers by the name of their field."""
+        return {"token": self.token} | ({} if self.channel is None else {"channel": self.channel})
 
     def check_sequence_parallel(self, tensor: int, ulysses: int, sequence: bool) -> None:
         """Raise ValueError, naming field, value and fix, when the block cannot run on split sequences."""
@@ -37,7 +42,7 @@ class BlockConfig(Config):
         """Module name inside the block of each router, with its experts."""
         return {
             f"{part}.{name}": num_experts
-            for part, config in (("token", self.token), ("channel", self.channel))
+            for part, config in self.mixers().items()
             for name, num_experts in config.routers().items()
         }
 
@@ -50,20 +55,26 @@ class Block(nn.Module):
         self.dropout = dropout
         self.token_norm = RMSNorm(dim, norm_eps)
         self.token = config.token.build(dim, context_length, init)
-        self.channel_norm = RMSNorm(dim, norm_eps)
-        self.channel = config.channel.build(dim, init)
+        self.channel: ChannelMixer | None = None
+        if config.channel is not None:
+            self.channel_norm = RMSNorm(dim, norm_eps)
+            self.channel = config.channel.build(dim, init)
 
     def forward(self, x: Tensor, context: Context, state: BlockState | None = None) -> tuple[Tensor, BlockState | None]:
         """``x [length, batch, dim]`` and the mixers' decode states, all updated."""
+        past = state or {"token": None, "channel": None}
         here = context.at("token")
-        mixed, token_state = self.token(self.token_norm(x), here, None if state is None else state["token"])
+        mixed, token_state = self.token(self.token_norm(x), here, past["token"])
         x = x + here.dropout(mixed, self.dropout)
-        here = context.at("channel")
-        mixed, channel_state = self.channel(self.channel_norm(x), here, None if state is None else state["channel"])
-        x = x + here.dropout(mixed, self.dropout)
-        return x, None if state is None else state | {"token": token_state, "channel": channel_state}
+        channel_state = past["channel"]
+        if self.channel is not None:
+            here = context.at("channel")
+            mixed, channel_state = self.channel(self.channel_norm(x), here, channel_state)
+            x = x + here.dropout(mixed, self.dropout)
+        return x, None if state is None else {"token": token_state, "channel": channel_state}
 
     def init_state(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> BlockState:
-        """Empty decode states of both mixers."""
+        """Empty decode states of the mixers."""
         sizes = batch_size, max_length, device, dtype
-        return {"token": self.token.init_state(*sizes), "channel": self.channel.init_state(*sizes)}
+        channel = {} if self.channel is None else self.channel.init_state(*sizes)
+        return {"token": self.token.init_state(*sizes), "channel": channel}

@@ -53,6 +53,8 @@ class LanguageConfig(Config):
     """Blocks."""
     context_length: int = Field(ge=2)
     """Longest sequence the model is trained on."""
+    first_blocks: list[BlockConfig] = []
+    """Blocks before the pattern starts."""
     block_pattern: list[BlockConfig] = Field(min_length=1)
     """Blocks, repeated in this order until there are ``num_layers``."""
     modifiers: list[Annotated[ModifierConfig, Registered("modifier")]] = []
@@ -68,10 +70,12 @@ class LanguageConfig(Config):
 
     @model_validator(mode="after")
     def _pattern_divides(self) -> "LanguageConfig":
-        if self.num_layers % len(self.block_pattern):
+        repeated = self.num_layers - len(self.first_blocks)
+        if repeated < 0 or repeated % len(self.block_pattern):
+            first = f" less the {len(self.first_blocks)} of first_blocks" if self.first_blocks else ""
             raise ValueError(
                 f"block_pattern has {len(self.block_pattern)} blocks, which does not divide num_layers "
-                f"{self.num_layers}; make num_layers a multiple of it"
+                f"{self.num_layers}{first}; make it a multiple"
             )
         types = [modifier.type for modifier in self.modifiers]
         if twice := sorted({name for name in types if types.count(name) > 1}):
@@ -81,10 +85,16 @@ class LanguageConfig(Config):
 
     def layer(self, index: int) -> BlockConfig:
         """The config of one layer, modified."""
-        config = self.block_pattern[index % len(self.block_pattern)]
+        later = index - len(self.first_blocks)
+        config = self.first_blocks[index] if later < 0 else self.block_pattern[later % len(self.block_pattern)]
         for modifier in self.sorted_modifiers():
             config = modifier.block(index, config)
         return config
+
+    def written_blocks(self) -> list[tuple[str, BlockConfig]]:
+        """The blocks as the config lists them, each with its place there."""
+        lists = {"first_blocks": self.first_blocks, "block_pattern": self.block_pattern}
+        return [(f"{name}.{index}", block) for name, blocks in lists.items() for index, block in enumerate(blocks)]
 
     def stack(self) -> StackConfig:
         """The config of the stack, modified."""
@@ -150,21 +160,18 @@ class LanguageConfig(Config):
                 f"model.context_length {self.context_length} cannot be split over {parts} ranks (parallel.ulysses, and "
                 f"parallel.tensor with parallel.sequence); choose a multiple of {parts}"
             )
-        routed = []
-        for index, block in enumerate(self.block_pattern):
-            for part, config in (("token", block.token), ("channel", block.channel)):
+        for place, block in self.written_blocks():
+            for part, config in block.mixers().items():
                 try:
                     config.check_tensor_parallel(tensor)
-                    if part == "token":
-                        block.token.check_ulysses(tensor, ulysses)
-                    else:
-                        block.channel.check_expert_parallel(expert, degrees.expert_tensor)
+                    config.check_ulysses(tensor, ulysses)
+                    config.check_expert_parallel(expert, degrees.expert_tensor)
                 except ValueError as error:
-                    raise ValueError(f"model.block_pattern.{index}.{part}.{error}") from None
-            routed.append(block.channel.spreads_experts)
+                    raise ValueError(f"model.{place}.{part}.{error}") from None
         for layer in range(self.num_layers):
             self.layer(layer).check_sequence_parallel(tensor, ulysses, degrees.sequence)
-        if expert > 1 and not any(routed):
+        channels = [block.channel for _, block in self.written_blocks() if block.channel is not None]
+        if expert > 1 and not any(channel.spreads_experts for channel in channels):
             raise ValueError(f"parallel.expert {expert} has no effect: no block has experts; set parallel.expert: 1")
 
     def build(self, stage: Stage | None = None) -> "LanguageModel":

@@ -136,7 +136,7 @@ class MixtureOfDepthsConfig(ModifierConfig):
     def block(self, layer: int, config: BlockConfig) -> BlockConfig:
         if layer % self.every != self.every - 1:
             return config
-        for part in (config.token, config.channel):
+        for part in config.mixers().values():
             if not part.keeps_gaps:
                 raise ValueError(
                     f"modifiers: mixture_of_depths falls on layer {layer}, whose {part.type!r} needs every token; "

@@ -158,6 +158,7 @@ def _activations(run: RunConfig, parallel: ParallelConfig, width: int, layers: r
     in_flight = min(parallel.pipeline - stage, micro_batches)  # one forward, one backward: 1F1B
     per_token = 0.0
     for layer in layers:
-        active = model.layer(layer).channel.cost(model.dim).active_params / (8 * model.dim**2)
+        channel = model.layer(layer).channel
+        active = 0.0 if channel is None else channel.cost(model.dim).active_params / (8 * model.dim**2)
         per_token += model.dim * (2.5 + (5 + 9.5 * active) / parallel.tensor)
     return in_flight * tokens * per_token * width
