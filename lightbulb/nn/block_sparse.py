@@ -30,8 +30,8 @@ _SCORES = 1 << 18  # scores of one batched product: they stay in the cache of a 
 class Sight:
     """The keys that queries see: ``start <= key < stop``, and of these ``key >= near`` or ``key < sinks``.
 
-    A query with ``start < stop`` must see some key. The bounds are integers ``[problems, queries]``; a problem is one mask, shared by as many consecutive heads of the
-    flattened ``batch * heads`` as there are heads per problem.
+    A query with ``start < stop`` must see some key. The bounds are integers ``[problems, queries]``; a problem is one
+    mask, shared by equally many consecutive heads of the flattened ``batch * heads``.
 
     Attributes:
         start: first key of the query's document.
