@@ -6,7 +6,7 @@ keys each query sees, by bounds; :func:`list_tiles` turns it into a list of tile
 attention and its gradients from the lists alone, so that a kernel can take its place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ FULL, SPAN, WINDOW = 0, 1, 2
 _NO_TILE = -1
 _HIDDEN = -1e30  # finite, so that a row without keys gives no NaN; its result is set to zero
 _SCORES = 1 << 18  # scores of one batched product: they stay in the cache of a core
+_SLIDING = 8  # rows of a head from which views of its keys pay: gathered, rows of all heads fill one product
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Sight:
         start: first key of the query's document.
         stop: one past the last key the past allows.
         near: first key of the window; None for no window.
-        sinks: one past the first keys, which stay visible from outside the window. Given with ``near``.
+        sinks: one past the document's first keys, those that stay visible from outside the window; None for no such.
         stride: keys 1, 2, ... times this many blocks back are visible from outside the window; None for no such.
             Queries and keys then count from the same origin.
     """
@@ -48,13 +49,20 @@ class Sight:
     sinks: Tensor | None = None
     stride: int | None = None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Sight":
+        """The same with every bound changed."""
+        bounds = (None if bound is None else change(bound) for bound in (self.near, self.sinks))
+        return Sight(change(self.start), change(self.stop), *bounds, self.stride)
+
     def mask(self, keys: int, block_size: int) -> Tensor:
         """``[problems, queries, keys]`` bool: what is visible, pair by pair."""
         key = torch.arange(keys, device=self.start.device)
         allowed = (key >= self.start[..., None]) & (key < self.stop[..., None])
-        if self.near is None or self.sinks is None:
+        if self.near is None:
             return allowed
-        within = (key >= self.near[..., None]) | (key < self.sinks[..., None])
+        within = key >= self.near[..., None]
+        if self.sinks is not None:
+            within |= key < self.sinks[..., None]
         if self.stride is not None:
             own = (self.stop[..., None] - 1) // block_size
             within |= (own - key // block_size) % self.stride == 0
@@ -68,11 +76,13 @@ class Group(NamedTuple):
         rows: ``[rows]`` places among all ``problems * query tiles``.
         entries: ``[rows, count]`` places in the tile list.
         masked: the columns of ``entries`` in which some tile is not full.
+        slides: whether each row's key tiles lie side by side, and one further than those of the row before.
     """
 
     rows: Tensor
     entries: Tensor
     masked: list[int]
+    slides: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +94,7 @@ class Tiles:
         row_start: ``[problems * query tiles + 1]`` where each row's tiles start in ``column`` and ``kind``.
         column: ``[listed]`` key tile.
         kind: ``[listed]`` FULL, SPAN or WINDOW.
-        bounds: ``start, stop[, near, sinks]`` of the queries, each ``[problems * query tiles, block_size]``; the last
-            query's are repeated to fill its tile.
+        bounds: of the queries, each ``[problems * query tiles, block_size]``; the last query's fill its tile.
         problems: masks.
     """
 
@@ -93,7 +102,7 @@ class Tiles:
     row_start: Tensor
     column: Tensor
     kind: Tensor
-    bounds: tuple[Tensor, ...]
+    bounds: Sight
     problems: int
 
     @property
@@ -104,7 +113,7 @@ class Tiles:
     @cached_property
     def sightless(self) -> Tensor | None:
         """``[problems, queries rounded up]`` bool: queries that may see no key; None when there are none."""
-        blind = self.bounds[0] >= self.bounds[1]
+        blind = self.bounds.start >= self.bounds.stop
         return blind.view(self.problems, -1) if bool(blind.any()) else None
 
     @cached_property
@@ -117,8 +126,15 @@ class Tiles:
                 rows = (counts == count).nonzero()[:, 0]
                 entries = self.row_start[rows, None] + torch.arange(count, device=rows.device)
                 masked = (self.kind[entries] != FULL).any(0).nonzero()[:, 0].tolist()
-                groups.append(Group(rows, entries, masked))
+                groups.append(Group(rows, entries, masked, self._slides(rows, entries)))
         return groups
+
+    def _slides(self, rows: Tensor, entries: Tensor) -> bool:
+        if self.problems > 1 or len(rows) < _SLIDING:
+            return False
+        steps = [torch.arange(size, device=rows.device) for size in entries.shape]
+        column = self.column[entries] - steps[0][:, None] - steps[1]
+        return bool((column == column[0, 0]).all() and (rows == rows[0] + steps[0]).all())
 
     def bias(self, rows: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
         """``[rows, block_size, block_size]``: 0 or a large negative number for each pair of one tile per row."""
@@ -133,8 +149,7 @@ class Tiles:
         count = self.row_start.diff()
         partial = (self.kind != FULL).nonzero()[:, 0]
         rows = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)[partial]
-        shifted = [self._relative(bound, rows, self.column[partial]) for bound in self.bounds]
-        looks = torch.cat((*shifted, self.kind[partial, None]), dim=1).clamp_(0, self.block_size)
+        looks = torch.cat([end for span in self._spans(rows, partial) for end in span], dim=1)
         different, place = looks.unique(dim=0, return_inverse=True)
         example = partial.new_zeros(len(different)).scatter_(0, place, torch.arange(len(place), device=place.device))
         table = self._bias(rows[example], partial[example], torch.float32)
@@ -142,50 +157,67 @@ class Tiles:
         return pad(table, (0, 0, 0, 0, 1, 0)), places
 
     def _bias(self, rows: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
-        column = self.column[entries]
-        start, stop, *window = (self._relative(bound, rows, column)[..., None] for bound in self.bounds)
-        key = torch.arange(self.block_size, device=rows.device)
-        hidden = (key < start) | (key >= stop)
-        if window:
-            near, sinks = window
-            hidden |= (key < near) & (key >= sinks) & (self.kind[entries] == WINDOW)[:, None, None]
-        return hidden.to(dtype).mul_(_HIDDEN)
+        before, after = (table.to(dtype) for table in self._hiding)
+        spans = [
+            before.index_select(0, first.flatten()).add_(after.index_select(0, behind.flatten()))
+            for first, behind in self._spans(rows, entries)
+        ]
+        bias = spans[0] if len(spans) == 1 else torch.maximum(*spans)
+        return bias.view(-1, self.block_size, self.block_size)
 
-    def _relative(self, bound: Tensor, rows: Tensor, column: Tensor) -> Tensor:
-        """A bound of each query of a row, counted from the first key of a tile: ``[rows, block_size]``."""
-        return bound[rows] - column[:, None] * self.block_size
+    @cached_property
+    def _hiding(self) -> tuple[Tensor, Tensor]:
+        """``[block_size + 1, block_size]`` each: row i hides the keys of a tile before its i-th, and those from it on.
+        Looking rows up takes a third of the time of comparing keys with bounds."""
+        hidden = torch.full((self.block_size + 1, self.block_size), _HIDDEN, device=self.kind.device)
+        return hidden.tril(-1), hidden.triu()
+
+    def _spans(self, rows: Tensor, entries: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The runs of keys that each query of a row sees of a tile, counted from its first key: the first key and one
+        past the last, ``[rows, block_size]`` each."""
+        bounds = self.bounds.map(lambda bound: bound.index_select(0, rows))
+        first = bounds.start
+        if bounds.near is not None:
+            first = torch.where((self.kind[entries] == WINDOW)[:, None], first.maximum(bounds.near), first)
+        spans = [(first, bounds.stop)]
+        if bounds.sinks is not None:
+            spans.append((bounds.start, bounds.stop.minimum(bounds.sinks)))
+        origin = self.column[entries, None] * self.block_size
+        return [((a - origin).clamp_(0, self.block_size), (b - origin).clamp_(0, self.block_size)) for a, b in spans]
 
 
 def list_tiles(sight: Sight, keys: int, block_size: int) -> Tiles:
     """The tiles with a visible pair (and perhaps a few without, where bounds jump inside a tile of queries)."""
     problems, queries = sight.start.shape
     rows, columns = -(-queries // block_size), -(-keys // block_size)
-    given = (sight.start, sight.stop) if sight.near is None else (sight.start, sight.stop, sight.near, sight.sinks)
-    bounds = [_fill(bound, rows * block_size).view(problems, rows, block_size) for bound in given if bound is not None]
+    bounds = sight.map(lambda bound: _by_tile(bound, rows, block_size))
     first = torch.arange(columns, device=sight.start.device) * block_size
     behind = first + block_size
-    start, stop = bounds[:2]
-    some = (behind > _least(start)) & (first < _most(stop))
-    every = (first >= _most(start)) & (behind <= _least(stop))
+    some = (behind > _least(bounds.start)) & (first < _most(bounds.stop))
+    every = (first >= _most(bounds.start)) & (behind <= _least(bounds.stop))
     kind = torch.where(every, FULL, SPAN)
-    if sight.near is not None:
-        near, sinks = bounds[2:]
-        strided = torch.zeros_like(some)
+    if bounds.near is not None:
+        anyway = torch.zeros_like(some)
         if sight.stride is not None:
-            strided |= (torch.arange(rows, device=first.device)[:, None] - first // block_size) % sight.stride == 0
-        within = (behind > _least(near)) | _touched(start, sinks, columns, block_size) | strided
+            anyway |= (torch.arange(rows, device=first.device)[:, None] - first // block_size) % sight.stride == 0
+        inside = anyway | (first >= _most(bounds.near))
+        within = anyway | (behind > _least(bounds.near))
+        if bounds.sinks is not None:
+            inside |= behind <= _least(bounds.sinks)
+            within |= _touched(bounds.start, bounds.sinks, columns, block_size)
         some &= within
-        inside = (first >= _most(near)) | (behind <= _least(sinks)) | strided
         kind = torch.where(inside, kind, WINDOW)
     kind = torch.where(some, kind, _NO_TILE).flatten(0, 1)
     row, column = (kind != _NO_TILE).nonzero(as_tuple=True)
     row_start = pad(torch.bincount(row, minlength=len(kind)).cumsum(0), (1, 0))
-    return Tiles(block_size, row_start, column, kind[row, column], tuple(b.flatten(0, 1) for b in bounds), problems)
+    bounds = bounds.map(lambda bound: bound.flatten(0, 1))
+    return Tiles(block_size, row_start, column, kind[row, column], bounds, problems)
 
 
-def _fill(bound: Tensor, queries: int) -> Tensor:
-    """Repeat the last query's bound until there are ``queries``."""
-    return torch.cat((bound, bound[:, -1:].expand(-1, queries - bound.shape[1])), dim=1)
+def _by_tile(bound: Tensor, rows: int, block_size: int) -> Tensor:
+    """``[problems, queries]`` as ``[problems, rows, block_size]``, the last query's bound repeated."""
+    filler = bound[:, -1:].expand(-1, rows * block_size - bound.shape[1])
+    return torch.cat((bound, filler), dim=1).unflatten(1, (rows, block_size))
 
 
 def _least(bound: Tensor) -> Tensor:
@@ -238,7 +270,7 @@ class _TileAttention(torch.autograd.Function):
         result = torch.zeros_like(q)
         for part in _parts(tiles, q, k):
             weights = part.weights(part.take_rows(q), part.take_columns(k))
-            result.index_copy_(0, part.rows, torch.bmm(weights, part.take_columns(v)))
+            part.put_rows(result, torch.bmm(weights, part.take_columns(v)))
         result = _from_query_tiles(result, query.shape, key.shape[1])
         if tiles.sightless is not None:
             result.masked_fill_(_sightless(tiles, query), 0)
@@ -262,14 +294,15 @@ class _TileAttention(torch.autograd.Function):
             part.add_columns(grad_v, torch.bmm(weights.transpose(1, 2), incoming))
             grad_scores = torch.bmm(incoming, part.take_columns(v).transpose(1, 2))
             torch.ops.aten._softmax_backward_data.out(grad_scores, weights, -1, q.dtype, grad_input=grad_scores)
-            grad_q.index_copy_(0, part.rows, torch.bmm(grad_scores, keys))
+            part.put_rows(grad_q, torch.bmm(grad_scores, keys))
             part.add_columns(grad_k, torch.bmm(grad_scores.transpose(1, 2), rows))
         grad_q = _from_query_tiles(grad_q, query_shape, key_shape[1]) * query_shape[3] ** -0.5
         grads = (grad_q, *(_from_key_tiles(t, key_shape) for t in (grad_k, grad_v)))
         return *(t.to(ctx.dtype) for t in grads), None
 
 
-class _Part(NamedTuple):
+@dataclass
+class _Part:
     """Some rows of one group, of some heads: one batched product.
 
     Attributes:
@@ -284,6 +317,9 @@ class _Part(NamedTuple):
 
     def take_rows(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.rows)
+
+    def put_rows(self, total: Tensor, x: Tensor) -> None:
+        total.index_copy_(0, self.rows, x)
 
     def take_columns(self, x: Tensor) -> Tensor:
         """``[rows, count * block_size, width]`` of ``x [tiles, block_size, width]``."""
@@ -303,6 +339,37 @@ class _Part(NamedTuple):
         return torch.softmax(scores, dim=-1, out=scores)
 
 
+@dataclass
+class _SlidingPart(_Part):
+    """Rows of one head whose key tiles slide along: views where other parts copy.
+
+    Attributes:
+        row: the first of the rows.
+        column: the first key tile of the first row.
+    """
+
+    row: int
+    column: int
+
+    def take_rows(self, x: Tensor) -> Tensor:
+        return x[self.row : self.row + len(self.rows)]
+
+    def put_rows(self, total: Tensor, x: Tensor) -> None:
+        total[self.row : self.row + len(self.rows)] = x
+
+    def take_columns(self, x: Tensor) -> Tensor:
+        _, block_size, width = x.shape
+        rows, count = self.columns.shape
+        tile = block_size * width
+        size, stride = (rows, count * block_size, width), (tile, width, 1)
+        return x.as_strided(size, stride, x.storage_offset() + self.column * tile)
+
+    def add_columns(self, total: Tensor, x: Tensor) -> None:
+        rows, count = self.columns.shape
+        for place, part in enumerate(x.view(rows, count, *total.shape[1:]).unbind(1)):
+            total[self.column + place : self.column + place + rows] += part
+
+
 def _parts(tiles: Tiles, q: Tensor, k: Tensor) -> Iterator[_Part]:
     """The whole work, cut into products whose scores fit the cache."""
     heads = len(q) // tiles.query_tiles // tiles.problems
@@ -313,10 +380,20 @@ def _parts(tiles: Tiles, q: Tensor, k: Tensor) -> Iterator[_Part]:
         columns = (head[..., None] * key_tiles + tiles.column[group.entries]).flatten(0, 1)
         mask_rows, entries = group.rows.repeat(heads), group.entries.repeat(heads, 1)
         step = max(1, _SCORES // (columns.shape[1] * q.shape[1] * k.shape[1]))
-        for at in range(0, len(rows), step):
-            here = slice(at, at + step)
+        for here in _cuts(len(rows), step, len(group.rows) if group.slides else len(rows)):
             biases = {c: tiles.bias(mask_rows[here], entries[here, c], q.dtype) for c in group.masked}
-            yield _Part(rows[here], columns[here], biases)
+            if group.slides:
+                origin = int(rows[here.start]), int(columns[here.start, 0])
+                yield _SlidingPart(rows[here], columns[here], biases, *origin)
+            else:
+                yield _Part(rows[here], columns[here], biases)
+
+
+def _cuts(length: int, step: int, unit: int) -> Iterator[slice]:
+    """Slices of at most ``step`` that do not cross a multiple of ``unit``."""
+    for first in range(0, length, unit):
+        for at in range(first, first + unit, step):
+            yield slice(at, min(at + step, first + unit))
 
 
 def _query_tiles(x: Tensor, kv_heads: int, block_size: int) -> Tensor:
@@ -334,7 +411,7 @@ def _from_query_tiles(x: Tensor, shape: torch.Size, kv_heads: int) -> Tensor:
 
 def _key_tiles(x: Tensor, block_size: int) -> Tensor:
     """``[batch, heads, length, width]`` as ``[batch * heads * tiles, block_size, width]``."""
-    return _padded(x, block_size).unflatten(2, (-1, block_size)).flatten(0, 2)
+    return _padded(x, block_size).unflatten(2, (-1, block_size)).flatten(0, 2).contiguous()
 
 
 def _from_key_tiles(x: Tensor, shape: torch.Size) -> Tensor:

@@ -205,7 +205,7 @@ class BlockSparse(TokenMixer):
     def _banded(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         config, length = self.config, query.shape[2]
         if context.document_ids is None:
-            tiles = _band_tiles(config, length, query.device)
+            tiles = band_tiles(config, length, query.device)
         else:
             sight = _band(config, context.positions, run_starts(context.document_ids))
             tiles = list_tiles(sight, length, config.block_size)
@@ -257,11 +257,13 @@ def _band(config: BlockSparseConfig, positions: Tensor, start: Tensor) -> Sight:
     if config.window is None:
         return Sight(start, stop)
     near = (positions - config.window + 1).expand_as(start)
-    return Sight(start, stop, near, start + (config.num_global or 0), config.stride)
+    sinks = None if config.num_global is None else start + config.num_global
+    return Sight(start, stop, near, sinks, config.stride)
 
 
 @lru_cache(maxsize=32)
-def _band_tiles(config: BlockSparseConfig, length: int, device: torch.device) -> Tiles:
+def band_tiles(config: BlockSparseConfig, length: int, device: torch.device) -> Tiles:
+    """The tiles of one document of ``length`` tokens, pattern ``band``."""
     positions = torch.arange(length, device=device)
     return list_tiles(_band(config, positions, torch.zeros_like(positions)[None]), length, config.block_size)
 
