@@ -1,9 +1,9 @@
 """A few training steps, once in plain PyTorch and once on a layout, compared tensor by tensor.
 
 The reference uses neither Megatron-core nor process groups: the whole model in one process, the whole global batch in
-one pass, ``torch.optim.AdamW``. Both train on the same synthetic batches, made to bring out what usually breaks: token
-ids are skewed, so that experts get unequal loads; rows predict unequal numbers of tokens, so that a mean of means is
-not the mean; and the gradient is clipped at least once.
+one pass, ``torch.optim.AdamW`` (on float32 masters when the model is float64). Both train on the same synthetic
+batches, made to bring out what usually breaks: token ids are skewed, so that experts get unequal loads; rows predict
+unequal numbers of tokens, so that a mean of means is not the mean; and the gradient is clipped at least once.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.noise import Noise
-from lightbulb.nn.parameter import initialise, logical_of, values_of
+from lightbulb.nn.parameter import initialise, logical_of, set_values, values_of
 from lightbulb.parallel.engine import Engine, StepResult, router_label
 from lightbulb.parallel.host import Precision
 from lightbulb.parallel.optimizer import MOMENTS, OptimizerConfig
@@ -45,7 +45,7 @@ class Trial:
         with_documents: give the model document ids.
         parallel: the layout; the reference ignores this and what follows.
         micro_batch_size: contexts per forward pass of one rank.
-        precision: of weights and activations.
+        precision: of weights and activations; the reference computes in float32, or in float64 if this is fp64.
         variant: which of a proof's models this is; empty when there is one.
     """
 
@@ -161,9 +161,11 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
     """
     model = trial.model.build()
     initialise(model, trial.seed)
+    if trial.precision == "fp64":
+        model.double()
     parameters = dict(model.named_parameters())
-    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    optimizer = _plain_adamw(trial.optimizer, list(trained.values()))
+    trained = {name: parameter.detach().float() for name, parameter in parameters.items() if parameter.requires_grad}
+    optimizer = _plain_adamw(trial.optimizer, list(trained.values()), trial.precision == "fp64")
     results: list[StepResult] = []
     largest: dict[str, float] = {}
     clip_grad = trial.optimizer.clip_grad
@@ -174,9 +176,11 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
         if step == 0:
             clip_grad = min(clip_grad, result.grad_norm / 2)
         result.clip_coefficient = min(1.0, clip_grad / (result.grad_norm + 1e-6))
-        for gradient in gradients.values():
-            gradient *= result.clip_coefficient
+        for name, master in trained.items():
+            master.grad = gradients[name].float() * result.clip_coefficient
         optimizer.step()
+        for name, master in trained.items():
+            set_values(parameters[name], master)
         results.append(result)
     end = {f"weight/{name}": values_of(p).detach() for name, p in parameters.items()}
     end |= {f"{moment}/{name}": optimizer.state[p][moment] for name, p in trained.items() for moment in MOMENTS}
@@ -217,12 +221,13 @@ def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) ->
     return report
 
 
-def _plain_adamw(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+def _plain_adamw(config: OptimizerConfig, parameters: list[Tensor], fused: bool) -> torch.optim.AdamW:
+    """Fused it rounds as the engine's does, step by step and operator by operator otherwise."""
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, config.lr, betas, config.eps, config.weight_decay, foreach=False)
+    return torch.optim.AdamW(groups, config.lr, betas, config.eps, config.weight_decay, foreach=False, fused=fused)
 
 
 def _plain_gradients(model: LanguageModel, batch: SyntheticBatch, seed: int) -> tuple[StepResult, dict[str, Tensor]]:

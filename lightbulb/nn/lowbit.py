@@ -109,14 +109,15 @@ class _QuantisedTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int, axis: Axis, norm_eps: float | None) -> Tensor:
         codes, scale, inverse_root = token_codes(x, bits, axis, norm_eps)
-        ctx.axis = axis
-        ctx.save_for_backward(*(() if inverse_root is None else (x, inverse_root)))
+        ctx.axis, ctx.has_norm = axis, inverse_root is not None
+        if inverse_root is not None:
+            ctx.save_for_backward(x, inverse_root)
         return codes.mul_(scale).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.saved_tensors:
+        if not ctx.has_norm:
             return grad, None, None, None
         x, inverse_root = ctx.saved_tensors
         unit, wide = _wide(x) * inverse_root, _wide(grad)

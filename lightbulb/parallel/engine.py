@@ -35,6 +35,8 @@ from lightbulb.parallel.topology import ParallelConfig, destroy_groups, initiali
 from lightbulb.routing.balance import summarise
 from lightbulb.routing.router import Router
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
 
 @dataclass
 class StepResult:
@@ -67,7 +69,8 @@ class Engine:
         model: the model's config.
         parallel: degrees, already resolved for this world size.
         optimizer: AdamW settings.
-        precision: dtype of weights and activations; masters, moments and gradient sums are always float32.
+        precision: dtype of weights and activations; masters and moments are always float32, gradient sums too but for
+            fp64.
         seed: seeds the initial weights, dropout and router jitter.
         device: where this rank computes.
     """
@@ -243,15 +246,15 @@ class Engine:
             batch_p2p_comm=not is_interleaved,
             variable_seq_lengths=boundaries_differ,  # each message then goes with its shape
             moe_token_dispatcher_type="alltoall",  # unused, but the default forbids the line above
-            pipeline_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-            params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            pipeline_dtype=DTYPES[precision],
+            params_dtype=DTYPES[precision],
             bf16=precision == "bf16",
             calculate_per_token_loss=True,
             finalize_model_grads_func=finalize_model_grads,
             gradient_accumulation_fusion=False,
         )
         settings = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=precision != "fp64",
             use_distributed_optimizer=self.parallel.distributed_optimizer,
             overlap_grad_reduce=self.device.type == "cuda",
         )
@@ -333,10 +336,12 @@ def _sum_losses(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _cast(model: nn.Module, precision: Precision) -> None:
-    if precision == "bf16":
-        for parameter in model.parameters():
-            if not logical_of(parameter).keep_fp32:
-                parameter.data = parameter.data.to(torch.bfloat16)
+    if precision == "fp64":
+        model.double()  # buffers too
+        return
+    for parameter in model.parameters():
+        if not logical_of(parameter).keep_fp32:
+            parameter.data = parameter.data.to(DTYPES[precision])
 
 
 def router_label(name: str) -> str:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from lightbulb.nn.precision import has_amx
 from lightbulb.parallel.rendezvous import adopt_environment, meet, read_place
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp64"]
+"""Dtype of weights and activations; fp64, on the CPU only, is for proofs of models in which rounding is a step."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 1 << 30

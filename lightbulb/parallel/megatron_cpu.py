@@ -20,7 +20,7 @@ from torch import Tensor
 CONSTANTS = {
     "cuda": "cpu",
     "torch.cuda.FloatTensor": "torch.FloatTensor",
-    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.HalfTensor": "torch.DoubleTensor",  # float16 is not used here; its float32 masters serve float64 too
     "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
 }
 

@@ -65,7 +65,7 @@ def build_optimizer(
             adam_beta2=config.beta2,
             adam_eps=config.eps,
             clip_grad=config.clip_grad,
-            bf16=precision == "bf16",
+            bf16=precision != "fp32",  # float32 masters beside the weights
             use_distributed_optimizer=distributed,
         ),
         chunks,
