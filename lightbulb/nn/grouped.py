@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
 
 from lightbulb.nn.activation import swiglu, swiglu_grad_
 from lightbulb.nn.groups import Axis

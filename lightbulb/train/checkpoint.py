@@ -14,7 +14,7 @@ ever unpickled, no link is followed, and no size found in a file is allocated.
     checkpoints/latest                                        name of the newest, for people and scripts; never read
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from lightbulb.parallel.collective import on_rank_zero
 from lightbulb.parallel.engine import Engine
 from lightbulb.parallel.host import pick_device
 from lightbulb.parallel.optimizer import MOMENTS
+from lightbulb.routing.router import Router
 from lightbulb.train.config import RunConfig
 from lightbulb.train.manifest import (
     CheckpointError,
@@ -172,7 +173,12 @@ def load_into(engine: Engine, checkpoint: Checkpoint) -> None:
     engine.optimizer_step = checkpoint.state.optimizer_step
     for name, parameter in engine.all_parameters():
         engine.write_parameter(parameter, checkpoint.read_parameter(name, logical_of(parameter)))
-    for name, router in engine.routers():
+    _load_routers(engine.routers(), checkpoint)
+
+
+def _load_routers(routers: Iterable[tuple[str, Router]], checkpoint: Checkpoint) -> None:
+    """Put the checkpoint's loads and biases into routers, given with their global names."""
+    for name, router in routers:
         for key, value in router.named_buffers():
             value.copy_(checkpoint.read(f"{name}.{key}", (slice(0, len(value)),), tuple(value.shape)))
 
@@ -196,6 +202,8 @@ def load_model_for_inference(run: Path) -> tuple[LanguageModel, Tokenizer, RunCo
         logical = logical_of(parameter)
         values = checkpoint.read_parameter(name, logical, with_moments=False)["master"]
         parameter.data = values.to(device, torch.float32 if logical.keep_fp32 else dtype, copy=True)
+    routers = ((name, module) for name, module in model.named_modules() if isinstance(module, Router))
+    _load_routers(routers, checkpoint)  # their biases decide where tokens go
     return model.to(device).eval().requires_grad_(False), Tokenizer.load(run / "tokenizer.json"), config
 
 
