@@ -15,6 +15,8 @@ import torch
 from lightbulb.config import ConfigError, build_config
 from lightbulb.data.tokenizer import Tokenizer, TokenizerError
 from lightbulb.inference.generate import Decoder, GenerationError, SamplingConfig, TextStream, beam_search, generate
+from lightbulb.modifiers.packed import pack
+from lightbulb.nn.packing import FORMATS
 from lightbulb.train.checkpoint import CheckpointError, load_model_for_inference
 
 
@@ -28,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
         sampling = build_config(SamplingConfig, settings, "options")
         check_samples(options.num_samples, sampling)
         model, tokenizer, _ = load_model_for_inference(options.run)
+        if options.packed is not None and not pack(model, options.packed):
+            raise ConfigError("options: packed: the model has no bitlinear layers; leave it out")
         prompt_ids = tokenizer.encode_batch([options.prompt])[0] or [tokenizer.eos_id]
         for number, pieces in enumerate(texts(model, tokenizer, prompt_ids, sampling, options.num_samples), 1):
             if options.num_samples > 1:
@@ -48,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     result.add_argument("--prompt", default="", help="text to continue; empty starts a new document")
     result.add_argument("--num-samples", type=int, default=1, help="how many texts; with beams, the best so many")
+    about = "keep the weights of bitlinear layers packed, 4 (2bit) or 5 (base3) to a byte"
+    result.add_argument("--packed", nargs="?", const=FORMATS[0], choices=FORMATS, help=about)
     for name, field in SamplingConfig.model_fields.items():
         about = f"{field.description} (default {field.default})"
         kind = int if isinstance(field.default, int) else float

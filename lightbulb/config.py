@@ -78,6 +78,10 @@ class _PartError(ValueError):
         self.error = error
 
 
+_IN_SCHEMA: set[str] = set()
+"""Kinds of parts whose options are being listed."""
+
+
 class Registered:
     """Annotation for a field holding one registered part: ``Annotated[TokenMixerConfig, Registered("token_mixer")]``.
 
@@ -104,9 +108,17 @@ class Registered:
         )
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        if self.kind in _IN_SCHEMA:  # a part in a part of its kind (an expert that is a channel mixer): no second level
+            return {"type": "object", "properties": {"type": {"enum": names(self.kind)}}, "required": ["type"]}
+        _IN_SCHEMA.add(self.kind)
+        try:
+            return {"oneOf": self._options(handler)}
+        finally:
+            _IN_SCHEMA.remove(self.kind)
+
+    def _options(self, handler: Any) -> list[Any]:
         # through the handler, so that the parts' own nested definitions land in the schema's $defs
-        options = [handler(lookup(self.kind, name).__pydantic_core_schema__) for name in names(self.kind)]  # type: ignore[attr-defined]
-        return {"oneOf": options}
+        return [handler(lookup(self.kind, name).__pydantic_core_schema__) for name in names(self.kind)]  # type: ignore[attr-defined]
 
 
 def describe(error: ValidationError, prefix: tuple[Any, ...] = ()) -> list[str]:

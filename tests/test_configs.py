@@ -23,3 +23,20 @@ def test_config_loads_and_costs_what_it_builds(path):
         model = config.model.build()
     assert config.model.cost().params == sum(p.numel() for p in model.parameters())
     assert 0 < config.model.cost().active_params <= config.model.cost().params
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),
+    [
+        ("voltron-13b", 13.0, None),
+        ("deepseek-moe-16b", 16.4, 2.8),
+        ("jetmoe-8b", 8.5, 2.3),
+        ("lory-0.3b-8e", 1.8, None),
+        ("mamba2-1.3b", 1.34, 1.34),
+    ],
+)
+def test_published_sizes(name, billions, active):
+    cost = load_config(RunConfig, CONFIGS[0].parents[1] / f"pretrain/{name}.yaml").model.cost()
+    assert cost.params == pytest.approx(billions * 1e9, rel=0.02)
+    if active is not None:
+        assert cost.active_params == pytest.approx(active * 1e9, rel=0.08)  # papers count embeddings or do not

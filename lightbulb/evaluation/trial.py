@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.noise import Noise
-from lightbulb.nn.parameter import initialise, logical_of
+from lightbulb.nn.parameter import initialise, logical_of, values_of
 from lightbulb.parallel.engine import Engine, StepResult, router_label
 from lightbulb.parallel.host import Precision
 from lightbulb.parallel.optimizer import MOMENTS, OptimizerConfig
@@ -162,7 +162,8 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
     model = trial.model.build()
     initialise(model, trial.seed)
     parameters = dict(model.named_parameters())
-    optimizer = _plain_adamw(trial.optimizer, list(parameters.values()))
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    optimizer = _plain_adamw(trial.optimizer, list(trained.values()))
     results: list[StepResult] = []
     largest: dict[str, float] = {}
     clip_grad = trial.optimizer.clip_grad
@@ -177,13 +178,13 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
             gradient *= result.clip_coefficient
         optimizer.step()
         results.append(result)
-    end = {f"weight/{name}": p.detach() for name, p in parameters.items()}
-    end |= {f"{moment}/{name}": optimizer.state[p][moment] for name, p in parameters.items() for moment in MOMENTS}
+    end = {f"weight/{name}": values_of(p).detach() for name, p in parameters.items()}
+    end |= {f"{moment}/{name}": optimizer.state[p][moment] for name, p in trained.items() for moment in MOMENTS}
     end |= {f"router/{name}.{key}": value for name, router in _routers(model) for key, value in router.named_buffers()}
     save_file(end, _end_file(folder))
     for moment in MOMENTS:
-        largest[moment] = _largest(optimizer.state[p][moment] for p in parameters.values())
-    return Reference(results, clip_grad, {name: tuple(p.shape) for name, p in parameters.items()}, largest)
+        largest[moment] = _largest(optimizer.state[p][moment] for p in trained.values())
+    return Reference(results, clip_grad, {name: logical_of(p).shape for name, p in parameters.items()}, largest)
 
 
 def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) -> RankReport:
@@ -198,6 +199,8 @@ def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) ->
         engine.forward_backward(_my_batches(engine, trial, step))
         with safe_open(_gradient_file(folder, step), "pt") as tensors:
             for name, parameter in parameters.items():
+                if not _is_trained(parameter, name in tensors.keys()):  # noqa: SIM118  (an open file, no mapping)
+                    continue
                 whole = tensors.get_tensor(name)
                 ours, part = engine.gradient(parameter), whole[logical_of(parameter).slices()]
                 scale = _scale(whole, reference.largest[f"gradient/{step}"] * _NOTICED)
@@ -231,7 +234,9 @@ def _plain_gradients(model: LanguageModel, batch: SyntheticBatch, seed: int) -> 
     tokens = int((batch.labels != IGNORE).sum())
     gradients: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
+        if not _is_trained(parameter, parameter.grad is not None):
+            continue
+        assert parameter.grad is not None
         gradients[name] = parameter.grad.div_(tokens)
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
     result = StepResult(loss.item() / tokens, tokens, norm, 1.0, applied=True)
@@ -279,13 +284,23 @@ def _compare_end(
     slices = logical_of(parameter).slices()
     state = engine.read_parameter(parameter)
     weight = tensors.get_tensor(f"weight/{name}")[slices]
-    report.compare("weight", step, f"{name} after the last step", parameter.detach(), weight)
+    report.compare("weight", step, f"{name} after the last step", values_of(parameter).detach(), weight)
     report.compare("weight", step, f"{name} (master) after the last step", state["master"], weight)
+    if not parameter.requires_grad:
+        return
     for moment in MOMENTS:
         whole = tensors.get_tensor(f"{moment}/{name}")
         where = f"{name} ({moment}) after the last step"
         noticed = _NOTICED**2 if moment == "exp_avg_sq" else _NOTICED
         report.compare("moment", step, where, state[moment], whole[slices], _scale(whole, largest[moment] * noticed))
+
+
+def _is_trained(parameter: nn.Parameter, has_gradient: bool) -> bool:
+    """Whether a parameter is not frozen; it has a gradient if so, and only then."""
+    is_trained = parameter.requires_grad
+    if is_trained != has_gradient or (not is_trained and parameter.grad is not None):
+        raise ValueError(f"{logical_of(parameter)}: {'no' if is_trained else 'a frozen parameter with a'} gradient")
+    return is_trained
 
 
 def _scale(whole: Tensor, least: float) -> float:

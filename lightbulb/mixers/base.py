@@ -40,6 +40,8 @@ class Context:
         noise: source of dropout and jitter, or None outside training.
         place: name of the part that reads this context, for its noise.
         recompute: what the backward runs again.
+        gist: ``[batch, positions]`` bool or None: which tokens of the whole sequences, by true position, are gist
+            tokens. They stand for what is before them, which tokens after them do not see.
     """
 
     positions: Tensor
@@ -49,6 +51,7 @@ class Context:
     noise: Noise | None = None
     place: str = ""
     recompute: Recompute = "none"
+    gist: Tensor | None = None
 
     def at(self, name: str) -> "Context":
         """The context of a part inside this one."""
@@ -122,6 +125,8 @@ class TokenMixerConfig(_MixerConfig, ABC):
 
     keeps_gaps: ClassVar[bool] = False
     """Takes positions of its own for each sample, with gaps, and fillers (``Context.present``)."""
+    masks_gists: ClassVar[bool] = False
+    """Hides from tokens what gist tokens stand for (``Context.gist``)."""
 
     @abstractmethod
     def build(self, dim: int, context_length: int, init: Init) -> "TokenMixer":
@@ -134,6 +139,11 @@ class TokenMixerConfig(_MixerConfig, ABC):
     def check_ulysses(self, tensor: int, ulysses: int) -> None:
         if ulysses > 1:
             raise ValueError(f"type {self.type!r} needs whole sequences; set parallel.ulysses: 1")
+
+    def check_gaps(self) -> None:
+        """Raise ValueError, naming field, value and fix, when samples cannot have positions of their own."""
+        if not self.keeps_gaps:
+            raise ValueError(f"type {self.type!r} needs every token of a sequence; choose one that keeps gaps")
 
 
 class TokenMixer(nn.Module, ABC):
@@ -156,6 +166,8 @@ class ChannelMixerConfig(_MixerConfig, ABC):
 
     spreads_experts: ClassVar[bool] = False
     """Has whole experts to spread over the expert axis."""
+    treats_tokens_alone: ClassVar[bool] = True
+    """What a token becomes depends on no other token, so that the part can be an expert."""
     keeps_gaps: ClassVar[bool] = True
     """As of token mixers; true of what treats every token for itself."""
 
@@ -189,4 +201,4 @@ class ChannelMixer(nn.Module, ABC):
 
 ModelState = dict[str, Any]
 """Decode state of a whole model: layer name to the states of its mixers (nested dictionaries of tensors whose first
-dimension is the batch), plus ``"position"`` (an int)."""
+dimension is the batch), plus ``"position"`` (an int) and, with gist tokens, ``"gist" [batch, max_length]``."""

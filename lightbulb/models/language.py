@@ -63,6 +63,8 @@ class LanguageConfig(Config):
     """Probability of setting a feature to zero, of the embeddings and of what each mixer adds."""
     tie_embeddings: bool = False
     """The head uses the embedding's rows."""
+    gist_token_id: int | None = Field(None, ge=0)
+    """Tokens after a run of this token see what is before it through it only (Mu et al. 2023, arXiv:2304.08467)."""
     norm_eps: float = Field(1e-6, gt=0)
     """Epsilon of the norms."""
     init_std: float | None = Field(None, gt=0)
@@ -80,8 +82,23 @@ class LanguageConfig(Config):
         types = [modifier.type for modifier in self.modifiers]
         if twice := sorted({name for name in types if types.count(name) > 1}):
             raise ValueError(f"modifiers names {twice[0]!r} twice; keep one")
+        self._check_gists()
         self.cost()  # parts check their own widths against dim here, before anything is built
         return self
+
+    def _check_gists(self) -> None:
+        if self.gist_token_id is None:
+            return
+        if self.gist_token_id >= self.vocab_size:
+            raise ValueError(
+                f"gist_token_id {self.gist_token_id} is no row of vocab_size {self.vocab_size}; choose a smaller id"
+            )
+        for index, block in enumerate(self.block_pattern):
+            if not block.token.masks_gists:
+                raise ValueError(
+                    f"gist_token_id {self.gist_token_id}: block_pattern.{index}.token of type {block.token.type!r} "
+                    "carries a prompt past its gist tokens; choose attention, or set gist_token_id: null"
+                )
 
     def layer(self, index: int) -> BlockConfig:
         """The config of one layer, modified."""
@@ -268,7 +285,8 @@ class LanguageModel(nn.Module):
         positions = torch.arange(length, device=tokens.device)
         noise = noise if self.training else None
         rows = self._rows(length)
-        context = Context(positions, document_ids, rows=rows, noise=noise, recompute=self.recompute)
+        gist = self._gist(tokens)
+        context = Context(positions, document_ids, rows=rows, noise=noise, recompute=self.recompute, gist=gist)
         if self.pre_process:
             embedded = self.embedding(self.my_positions(tokens))
             carried = self.stack.start(context.at("embedding").dropout(embedded, self.config.dropout))
@@ -307,14 +325,25 @@ class LanguageModel(nn.Module):
             name: block.init_state(batch_size, max_length, weight.device, weight.dtype)
             for name, block in blocks.items()
         }
+        if self.config.gist_token_id is not None:
+            state["gist"] = torch.zeros(batch_size, max_length, device=weight.device, dtype=torch.bool)
         return state | {"position": 0}
 
     def decode(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """Continue the sequences in ``state`` by ``tokens [batch, length]``: logits ``[batch, length, vocab]``."""
         start, length = state["position"], tokens.shape[1]
-        context = Context(torch.arange(start, start + length, device=tokens.device))
+        positions, known = torch.arange(start, start + length, device=tokens.device), None
+        extra: ModelState = {"position": start + length}
+        gist = self._gist(tokens)
+        if gist is not None:
+            extra["gist"] = state["gist"].index_copy(1, positions, gist)
+            known = extra["gist"][:, : start + length]
+        context = Context(positions, gist=known)
         carried, updated = self.run_blocks(self.stack.start(self.embedding(tokens)), context, state)
-        return self._logits(self.norm(carried[0])), updated | {"position": start + length}
+        return self._logits(self.norm(carried[0])), updated | extra
+
+    def _gist(self, tokens: Tensor) -> Tensor | None:
+        return None if self.config.gist_token_id is None else tokens == self.config.gist_token_id
 
     def _rows(self, length: int) -> slice:
         """The positions this rank holds between mixers: Ulysses cuts first, then the tensor axis."""

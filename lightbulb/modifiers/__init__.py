@@ -1,5 +1,5 @@
 """Modifiers; importing the package registers them all."""
 
-from lightbulb.modifiers import denseformer, mixture_of_depths
+from lightbulb.modifiers import bitlinear, denseformer, lora, mixture_of_depths
 
-__all__ = ["denseformer", "mixture_of_depths"]
+__all__ = ["bitlinear", "denseformer", "lora", "mixture_of_depths"]

@@ -1,16 +1,21 @@
-"""The gated activation ``silu(gate) * up`` (SwiGLU, Shazeer 2020, arXiv:2002.05202)."""
+"""The gated activation ``silu(gate) * up`` (SwiGLU, Shazeer 2020, arXiv:2002.05202) and the squared ReLU."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
+from torch.nn.functional import relu, silu
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up``, elementwise."""
     return _SwiGLU.apply(gate, up)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """``max(x, 0)^2``, elementwise (So et al. 2021, arXiv:2109.08668)."""
+    return relu(x).square()
 
 
 def swiglu_grad_(gate: Tensor, activated: Tensor, up: Tensor, grad: Tensor, out: tuple[Tensor, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Causal softmax attention over whole sequences, with key/value heads shared by groups of query heads."""
+"""Softmax attention of whole sequences, with key/value heads shared by groups of query heads."""
 
 from typing import Any
 
@@ -7,64 +7,103 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from lightbulb.nn.attention_mask import Visibility
 from lightbulb.nn.precision import product_dtype
 
 _ROWS = 64  # queries of one block; the keys after its last query are never touched
 _LONGEST = 1024  # the blocks keep their probabilities for the backward, which grows with the square of the length
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Visibility | None = None) -> Tensor:
     """``softmax(q k^T / sqrt(width)) v`` over the positions up to each query's own.
 
     Args:
         query: ``[batch, heads, length, width]``.
         key: ``[batch, kv_heads, length, width]``; each serves ``heads / kv_heads`` consecutive query heads.
         value: as key.
-        mask: ``[batch, 1, length, length]`` bool, causal and with each token seeing itself, to allow less than the
-            whole past.
+        mask: ``[batch or 1, 1, length, length]`` bool, causal and with each token seeing itself, to allow less than
+            the whole past.
 
     Returns:
         ``[batch, heads, length, width]``.
     """
-    if query.device.type == "cpu" and query.shape[2] <= _LONGEST:
-        return _BlockAttention.apply(query, key, value, mask)
+    return self_attention(query, key, value, mask)
+
+
+def self_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | Visibility | None = None,
+    causal: bool = True,
+    reach: int | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """As :func:`causal_attention`, with what other attentions of whole sequences want.
+
+    Args:
+        query: ``[batch, heads, length, width]``.
+        key: ``[batch, kv_heads, length, width]``.
+        value: as key.
+        mask: as there, causal only when ``causal``.
+        causal: nothing after a query is seen.
+        reach: a promise of the mask that keys this many places away, or more, are not seen.
+        sink: ``[heads]`` logits of one more key with value zero.
+    """
+    is_short = query.device.type == "cpu" and min(reach or query.shape[2], query.shape[2]) <= _LONGEST
+    if is_short or sink is not None:
+        return _BlockAttention.apply(query, key, value, sink, mask, causal, reach)
     dtype = product_dtype(query)
-    return attend(query.to(dtype), key.to(dtype), value.to(dtype), mask).to(query.dtype)
+    dense = mask.dense() if isinstance(mask, Visibility) else mask
+    return attend(query.to(dtype), key.to(dtype), value.to(dtype), dense, causal).to(query.dtype)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """PyTorch's attention: causal without a mask, else over what the mask allows (any query and key lengths)."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
+    """PyTorch's attention: over what the mask allows (any query and key lengths); without one over the past, or over
+    everything when not ``causal``."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal and mask is None)
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Block by block of queries, each against its past only, by batched products.
+    """Block by block of queries, each against what it can reach only, by batched products.
 
     At these lengths PyTorch's flash kernel for CPU takes longer: at 512 positions 1.4 times in float32 and 2 to 3 times
     in bfloat16, its backward most of all. Query heads that share a key head are rows of one product, so that keys and
-    values are never repeated.
+    values are never repeated. A sink is one more column of scores.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sink: Tensor | None,
+        mask: Tensor | Visibility | None,
+        causal: bool,
+        reach: int | None,
+    ) -> Tensor:
         batch, heads, length, width = query.shape
         dtype, kv_heads = product_dtype(query), key.shape[1]
         q = _grouped(query, kv_heads, dtype) * width**-0.5
         k, v = (_grouped(t, kv_heads, dtype)[:, 0] for t in (key, value))
         # In memory [length, batch, heads, width]: what the output projection reads.
         result = query.new_empty(length, batch, heads, width).permute(1, 2, 0, 3)
+        ctx.spans = _spans(length, causal, reach)
         blocks = []
-        for start, stop in _spans(length):
-            scores = q[:, :, start:stop].flatten(1, 2) @ k[:, :stop].transpose(1, 2)
-            _hide(scores.view(batch, heads, stop - start, stop), start, mask)
+        for rows, seen in ctx.spans:
+            scores = _scores(q[:, :, rows].flatten(1, 2), k[:, seen], sink, batch)
+            by_head = scores.view(batch, heads, rows.stop - rows.start, -1)
+            _hide(by_head[..., : seen.stop - seen.start], rows, seen, mask, causal)
             torch.softmax(scores, dim=-1, out=scores)
-            result[:, :, start:stop] = (scores @ v[:, :stop]).view(batch, heads, stop - start, width)
+            mixed = scores[..., : seen.stop - seen.start] @ v[:, seen]
+            result[:, :, rows] = mixed.view(batch, heads, rows.stop - rows.start, width)
             blocks.append(scores)
         ctx.save_for_backward(q, k, v, *blocks)
-        ctx.dtype = query.dtype
+        ctx.dtype, ctx.sink = query.dtype, None if sink is None else (len(sink), sink.dtype)
         return result
 
     @staticmethod
@@ -72,32 +111,55 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *blocks = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (start, stop), weights in zip(_spans(q.shape[2]), blocks, strict=True):
-            past = slice(0, stop)
-            rows = q[:, :, start:stop].flatten(1, 2)
-            incoming = _grouped(grad[:, :, start:stop], len(q) // len(grad), q.dtype).flatten(1, 2)
-            grad_v[:, past].baddbmm_(weights.transpose(1, 2), incoming)
-            grad_scores = incoming @ v[:, past].transpose(1, 2)
+        grad_sink = None if ctx.sink is None else q.new_zeros(ctx.sink[0])
+        for (span, seen), weights in zip(ctx.spans, blocks, strict=True):
+            count = seen.stop - seen.start
+            rows = q[:, :, span].flatten(1, 2)
+            incoming = _grouped(grad[:, :, span], len(q) // len(grad), q.dtype).flatten(1, 2)
+            grad_v[:, seen].baddbmm_(weights[..., :count].transpose(1, 2), incoming)
+            grad_scores = torch.empty_like(weights)
+            torch.bmm(incoming, v[:, seen].transpose(1, 2), out=grad_scores[..., :count])
+            grad_scores[..., count:] = 0  # the sink's value
             torch.ops.aten._softmax_backward_data.out(grad_scores, weights, -1, q.dtype, grad_input=grad_scores)
-            grad_q[:, :, start:stop] = (grad_scores @ k[:, past]).view(len(q), -1, stop - start, q.shape[3])
-            grad_k[:, past].baddbmm_(grad_scores.transpose(1, 2), rows)
+            if grad_sink is not None:
+                grad_sink += grad_scores[..., -1].view(len(grad), len(grad_sink), -1).sum((0, 2))
+            grad_scores = grad_scores[..., :count]
+            grad_q[:, :, span] = (grad_scores @ k[:, seen]).view(len(q), -1, span.stop - span.start, q.shape[3])
+            grad_k[:, seen].baddbmm_(grad_scores.transpose(1, 2), rows)
         grad_q *= q.shape[3] ** -0.5
-        return *(_ungrouped(t, len(grad), ctx.dtype) for t in (grad_q, grad_k[:, None], grad_v[:, None])), None
+        grads = (_ungrouped(t, len(grad), ctx.dtype) for t in (grad_q, grad_k[:, None], grad_v[:, None]))
+        return *grads, None if grad_sink is None else grad_sink.to(ctx.sink[1]), None, None, None
 
 
-def _spans(length: int) -> list[tuple[int, int]]:
-    """First and last row (exclusive) of each block of queries."""
-    return [(start, min(start + _ROWS, length)) for start in range(0, length, _ROWS)]
+def _spans(length: int, causal: bool, reach: int | None) -> list[tuple[slice, slice]]:
+    """Queries of each block, and the keys they can reach."""
+    reach = length if reach is None else reach
+    spans = []
+    for start in range(0, length, _ROWS):
+        stop = min(start + _ROWS, length)
+        last = stop if causal else min(length, stop + reach - 1)
+        spans.append((slice(start, stop), slice(max(0, start - reach + 1), last)))
+    return spans
 
 
-def _hide(scores: Tensor, start: int, mask: Tensor | None) -> None:
-    """Minus infinity at the pairs that must not see each other: ``scores [batch, heads, rows, start + rows]``."""
-    rows, past = scores.shape[2:]
+def _scores(rows: Tensor, keys: Tensor, sink: Tensor | None, batch: int) -> Tensor:
+    """``[batch * kv_heads, rows, keys]``, with one more column for the sink if there is one."""
+    if sink is None:
+        return rows @ keys.transpose(1, 2)
+    scores = rows.new_empty(len(rows), rows.shape[1], keys.shape[1] + 1)
+    torch.bmm(rows, keys.transpose(1, 2), out=scores[..., :-1])
+    scores.view(batch, len(sink), -1, scores.shape[2])[..., -1] = sink.detach()[:, None]
+    return scores
+
+
+def _hide(scores: Tensor, rows: slice, seen: slice, mask: Tensor | Visibility | None, causal: bool) -> None:
+    """Minus infinity at the pairs that must not see each other: ``scores [batch, heads, rows, seen]``."""
     if mask is not None:
-        scores.masked_fill_(~mask[:, :, start:past, :past], float("-inf"))
-        return
-    future = scores.new_full((rows, rows), float("-inf")).triu_(1)
-    scores[..., start:] += future
+        allowed = mask.block(rows, seen) if isinstance(mask, Visibility) else mask[:, :, rows, seen]
+        scores.masked_fill_(~allowed, float("-inf"))
+    elif causal:
+        count = rows.stop - rows.start
+        scores[..., rows.start - seen.start :] += scores.new_full((count, count), float("-inf")).triu_(1)
 
 
 def _grouped(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, cat, nn
 from torch.func import functional_call
 
 from lightbulb.nn.groups import expert_axis, expert_tensor_axis, inside_experts
-from lightbulb.nn.parameter import logical_of, make_parameter
+from lightbulb.nn.parameter import logical_of, make_parameter, values_of
 
 
 class ExpertBank(nn.Module):
@@ -43,7 +43,7 @@ class ExpertBank(nn.Module):
 
     def forward(self, rows: Tensor, counts: list[int], *args: Any) -> Tensor:
         """``rows [R, dim]`` sorted by expert, ``counts`` of them for each local expert; ``args`` go to every expert."""
-        stacked = {name: parameter.unbind(0) for name, parameter in self.each.named_parameters()}
+        stacked = {name: values_of(parameter).unbind(0) for name, parameter in self.each.named_parameters()}
         results = []
         for expert, part in enumerate(rows.split(counts)):
             if len(part):

@@ -1,5 +1,6 @@
 """Products with one matrix per expert, over rows sorted by expert."""
 
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -80,8 +81,7 @@ class GroupedLinear(SplitLinear):
 
     def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
         """``rows [R, in]`` sorted by expert to ``[R, parts x out]``: local parts, summed over no axis."""
-        x, weight = self.quantized(rows)
-        product = grouped_linear(x, weight.flatten(1, -2), counts)
+        product = self.product(rows, partial(grouped_linear, counts=counts), start_dim=1)
         return product if self.adapter is None else product + self.adapter(rows, counts)
 
 
@@ -104,6 +104,8 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         grad = grad.contiguous()
+        if not ctx.needs_input_grad[1]:
+            return grouped_linear(grad, weight.transpose(1, 2), ctx.counts), None, None
         if _has_grouped_kernel(rows, weight):
             ends = _ends(ctx.counts, rows.device)
             grad_weight = torch._grouped_mm(grad.t(), rows, offs=ends)

@@ -10,12 +10,16 @@ Modifiers fill two slots of a layer: a *quantizer* changes what is multiplied, a
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from lightbulb.nn.groups import Axis, exit_tensor_region, tensor_axis
-from lightbulb.nn.parameter import Fill, Logical, logical_of, make_parameter
+from lightbulb.nn.groups import SINGLE, Axis, exit_tensor_region, tensor_axis
+from lightbulb.nn.parameter import Fill, Logical, keeper_of, logical_of, make_parameter, values_of
 
 
 class Quantizer(nn.Module, ABC):
@@ -72,13 +76,31 @@ class SplitLinear(nn.Module):
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight, as they are to be multiplied."""
+        weight = values_of(self.weight)
         if self.quantizer is None:
-            return x, self.weight
-        return self.quantizer.input(x), self.quantizer.matrix(self.weight)
+            return x, weight
+        return self.quantizer.input(x), self.quantizer.matrix(weight)
+
+    def product(self, x: Tensor, multiply: Callable[[Tensor, Tensor], Tensor], start_dim: int | None = None) -> Tensor:
+        """``multiply(input, weight)`` of what is to be multiplied, the weight's dimensions from ``start_dim`` to the
+        outputs taken as one.
+
+        A weight that a keeper holds is frozen: the backward reads it again, so that it is unpacked for no longer than
+        a product takes.
+        """
+
+        def joined(weight: Tensor) -> Tensor:
+            return weight if start_dim is None else weight.flatten(start_dim, -2)
+
+        keeper, dtype = keeper_of(self.weight), self.weight.dtype
+        if keeper is None or self.quantizer is not None:
+            x, weight = self.quantized(x)
+            return multiply(x, joined(weight))
+        return _RebuiltProduct.apply(x, lambda: joined(keeper.read(dtype)), multiply)
 
     def multiply(self, x: Tensor) -> Tensor:
         """``x W^T`` of the local parts, with what modifiers add."""
-        product = linear(*self.quantized(x))
+        product = self.product(x, linear)
         return product if self.adapter is None else product + self.adapter(x)
 
 
@@ -128,3 +150,43 @@ class RowParallelLinear(SplitLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features / axis size]`` to ``[..., out_features]``, leaving the tensor region."""
         return exit_tensor_region(self.multiply(x), self.axis)
+
+
+class WholeLinear(SplitLinear):
+    """``y = x W^T`` with the whole weight on every tensor rank, used outside tensor regions.
+
+    For results that all ranks need whole: each multiplies its own positions, and the caller takes the result into the
+    region by :func:`~lightbulb.nn.groups.enter_tensor_region`.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        std: standard deviation of the initial weight.
+    """
+
+    has_split_input = False
+
+    def __init__(self, in_features: int, out_features: int, std: float | None):
+        super().__init__()
+        self.axis = SINGLE
+        self.weight = make_parameter(Logical((out_features, in_features), std, by_position=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in_features]`` outside the tensor region to ``[..., out_features]``."""
+        return self.multiply(x)
+
+
+class _RebuiltProduct(torch.autograd.Function):
+    """A product with a weight without gradient, made twice instead of kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, read: Callable[[], Tensor], multiply: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        ctx.read, ctx.multiply = read, multiply
+        return multiply(x, read())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.multiply(grad, ctx.read().transpose(-1, -2)), None, None

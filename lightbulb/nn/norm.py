@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm
 
+from lightbulb.nn.groups import sum_over, tensor_axis
 from lightbulb.nn.parameter import Logical, make_parameter
 
 
@@ -29,6 +30,37 @@ class RMSNorm(nn.Module):
         if x.device.type == "cpu":
             return _RMSNorm.apply(x, weight, self.eps)
         return rms_norm(x, self.weight.shape, weight, self.eps)
+
+
+class SplitRMSNorm(nn.Module):
+    """:class:`RMSNorm` over each of ``groups`` equal parts of features that are split over the tensor axis.
+
+    A rank holds whole groups, or a share of the only one, whose sum of squares then goes over the axis: the same
+    function on every layout.
+    """
+
+    def __init__(self, dim: int, groups: int, eps: float):
+        super().__init__()
+        self.axis = tensor_axis()
+        self.dim = dim
+        self.groups = groups
+        self.eps = eps
+        self.weight = make_parameter(Logical((dim,), None, tensor_dim=0, tensor=self.axis))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x [..., dim / ranks]`` inside the tensor region."""
+        if self.groups % self.axis.size == 0:
+            return unit_rms(x.unflatten(-1, (self.groups // self.axis.size, -1)), self.eps).flatten(-2) * self.weight
+        wide = _wide(x)
+        mean = sum_over(wide.square().sum(-1, keepdim=True), self.axis) / self.dim
+        return (wide * (mean + self.eps).rsqrt()).to(x.dtype) * self.weight
+
+
+def unit_rms(x: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps)`` over the last dimension, statistics in float32."""
+    if x.device.type == "cpu":
+        return _RMSNorm.apply(x, x.new_ones(x.shape[-1]), eps)
+    return rms_norm(x, x.shape[-1:], None, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

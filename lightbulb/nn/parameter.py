@@ -6,6 +6,7 @@ every layout, so weights can be seeded, saved, compared and loaded without knowi
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,24 @@ Fill = Callable[[tuple[int, ...], torch.Generator], Tensor]
 def constant(value: float) -> Fill:
     """A fill with one value."""
     return lambda shape, generator: torch.full(shape, value)
+
+
+def uniform(bound: float) -> Fill:
+    """A fill uniform between ``-bound`` and ``bound``."""
+    return lambda shape, generator: torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+class Keeper(ABC):
+    """Holds a frozen parameter's values in fewer bits than its dtype has (the attribute ``keeper`` of a parameter whose
+    own storage is empty once values were set)."""
+
+    @abstractmethod
+    def write(self, values: Tensor) -> None:
+        """Keep ``values``, as far as the bits allow."""
+
+    @abstractmethod
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The values that are kept."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +111,13 @@ def annotate(parameter: nn.Parameter, logical: Logical) -> None:
     data axis; `sequence_parallel`: summed over the tensor axis; `tensor_model_parallel`: distinct on each tensor rank,
     so counted once per rank in the gradient norm)."""
     tensor = tensor_axis()
-    spread = logical.expert.size > 1 or logical.tensor.size != tensor.size
+    is_whole = logical.tensor.size != tensor.size  # an expert that tensor ranks do not split: each has others
+    spread = logical.expert.size > 1 or is_whole
+    is_distinct = logical.tensor_dim is not None or (logical.is_expert and is_whole)
     parameter.logical = logical  # type: ignore[attr-defined]
     parameter.allreduce = not (logical.is_expert and spread)  # type: ignore[attr-defined]
     parameter.sequence_parallel = logical.by_position and tensor.sequence  # type: ignore[attr-defined]
-    parameter.tensor_model_parallel = logical.tensor_dim is not None  # type: ignore[attr-defined]
+    parameter.tensor_model_parallel = is_distinct  # type: ignore[attr-defined]
     parameter.partition_dim = -1 if logical.tensor_dim is None else logical.tensor_dim  # type: ignore[attr-defined]
     parameter.partition_stride = 1  # type: ignore[attr-defined]
 
@@ -106,15 +127,36 @@ def logical_of(parameter: nn.Parameter) -> Logical:
     return parameter.logical  # type: ignore[attr-defined]
 
 
+def keeper_of(parameter: Tensor) -> Keeper | None:
+    """What keeps a parameter's values, when it does not do so itself."""
+    return getattr(parameter, "keeper", None)
+
+
+def values_of(parameter: Tensor) -> Tensor:
+    """A parameter, or in its dtype what its keeper holds."""
+    keeper = keeper_of(parameter)
+    return parameter if keeper is None else keeper.read(parameter.dtype)
+
+
+@torch.no_grad()
+def set_values(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give a local parameter, or its keeper, values of its local shape."""
+    keeper = keeper_of(parameter)
+    if keeper is None:
+        parameter.copy_(values.view(parameter.shape))
+        return
+    keeper.write(values.to(parameter.device).view(logical_of(parameter).local_shape()))
+    parameter.data = parameter.data.new_empty(0)
+
+
 def initialise(model: nn.Module, seed: int) -> None:
     """Fill every parameter from its global name and the seed, the same on every layout.
 
     The logical tensor is drawn on the CPU, expert by expert, and the local part is kept: what a rank holds does not
     depend on how many ranks there are.
     """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(_local_values(name, logical_of(parameter), seed))
+    for name, parameter in model.named_parameters():
+        set_values(parameter, _local_values(name, logical_of(parameter), seed))
 
 
 def _local_values(name: str, logical: Logical, seed: int) -> Tensor:

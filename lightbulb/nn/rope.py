@@ -12,10 +12,12 @@ from torch.autograd.function import once_differentiable
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each ``[length, 1, 1, head_dim / 2]`` in float32, for ``positions [length]``."""
+    """Cosines and sines in float32: ``[length, 1, 1, head_dim / 2]`` for ``positions [length]``, ``[length, batch, 1,
+    head_dim / 2]`` for ``[length, batch]``."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.to(torch.float32)[:, None] * theta**-exponents
-    return angles.cos()[:, None, None, :], angles.sin()[:, None, None, :]
+    places = positions[:, None] if positions.ndim == 1 else positions
+    angles = places.to(torch.float32)[:, :, None, None] * theta**-exponents
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

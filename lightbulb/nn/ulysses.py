@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import all_to_all_single
 
-from lightbulb.nn.groups import Axis
+from lightbulb.nn.groups import Axis, mappings
 
 
 def scatter_heads(parts: list[Tensor], axis: Axis) -> list[Tensor]:
@@ -34,6 +34,17 @@ def gather_heads(x: Tensor, axis: Axis) -> Tensor:
         return x
     parts = _Exchange.apply(x.unflatten(0, (axis.size, -1)), axis)
     return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def gather_length(x: Tensor, axis: Axis) -> Tensor:
+    """``[length / P, ...]`` to ``[length, ...]`` on every rank, for what all heads share; gradients are summed back."""
+    return x if axis.group is None else mappings.gather_from_sequence_parallel_region(x, group=axis.group)
+
+
+def my_heads(parameter: Tensor, axis: Axis) -> Tensor:
+    """The part of ``parameter [heads * ..., ...]`` that belongs to the heads this rank has after
+    :func:`scatter_heads`; gradients of the parts are summed over the axis with all others."""
+    return parameter.chunk(axis.size)[axis.rank]
 
 
 class _Exchange(torch.autograd.Function):

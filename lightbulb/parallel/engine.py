@@ -25,7 +25,7 @@ from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.models.stack import Stage
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.noise import Noise
-from lightbulb.nn.parameter import initialise, logical_of
+from lightbulb.nn.parameter import initialise, logical_of, set_values, values_of
 from lightbulb.parallel import megatron_cpu
 from lightbulb.parallel.collective import any_rank
 from lightbulb.parallel.host import Precision
@@ -189,7 +189,10 @@ class Engine:
         return parallel_state.get_expert_data_parallel_group()
 
     def read_parameter(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Master weight and moments of the local parameter, gathered from its replicas (a collective over them)."""
+        """Master weight and moments of the local parameter, gathered from its replicas (a collective over them). A
+        frozen parameter has no moments, and is its own master."""
+        if not parameter.requires_grad:
+            return {"master": values_of(parameter).detach().float()}
         state = read_state(parts(self.optimizer, parameter), parameter)
         if self.parallel.distributed_optimizer:
             for tensor in state.values():  # each element is nonzero on one replica, so the sum is exact
@@ -198,6 +201,9 @@ class Engine:
 
     def write_parameter(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`read_parameter`; no communication."""
+        if not parameter.requires_grad:
+            set_values(parameter, state["master"])
+            return
         write_state(parts(self.optimizer, parameter), parameter, state, self.optimizer_step)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightbulb.nn.parameter import logical_of
+from lightbulb.nn.parameter import logical_of, values_of
 from lightbulb.parallel.engine import Engine
 from lightbulb.parallel.optimizer import MOMENTS, parts
 
@@ -37,17 +37,23 @@ class Box:
 def owned_boxes(engine: Engine) -> Iterator[Box]:
     """What this rank writes, as views of the training state: every value of the whole state on one rank.
 
-    The distributed optimizer gives each replica a range of every local parameter; without it replicas take turns.
+    The distributed optimizer gives each replica a range of every local parameter; without it replicas take turns, as
+    they do with frozen parameters, which have no moments.
     """
     for index, (name, parameter) in enumerate(engine.named_parameters()):
         logical, replicas = logical_of(parameter), engine.replicas(parameter)
-        part = parts(engine.optimizer, parameter)
+        is_frozen = not parameter.requires_grad
+        part = None if is_frozen else parts(engine.optimizer, parameter)
         rank = logical.tensor.rank if logical.is_expert else engine.tensor_rank
         is_copy = logical.tensor_dim is None and rank > 0
-        is_turn = engine.parallel.distributed_optimizer or replicas.rank() == index % replicas.size()
-        if part is None or is_copy or not is_turn:
+        is_owner = engine.parallel.distributed_optimizer and not is_frozen
+        is_turn = is_owner or replicas.rank() == index % replicas.size()
+        if is_copy or not is_turn or (part is None and not is_frozen):
             continue
         origin = tuple(side.start for side in logical.slices())
+        if part is None:
+            yield Box("model", name, logical.shape, origin, values_of(parameter).detach().float())
+            continue
         master = part.master.detach().flatten()
         state = part.optimizer.state[part.master]
         values = {name: master} | {

@@ -25,7 +25,7 @@ from torch import Tensor
 from lightbulb.config import load_config
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.models.language import LanguageModel
-from lightbulb.nn.parameter import Logical, logical_of
+from lightbulb.nn.parameter import Logical, logical_of, set_values
 from lightbulb.parallel.collective import on_rank_zero
 from lightbulb.parallel.engine import Engine
 from lightbulb.parallel.host import pick_device
@@ -43,7 +43,14 @@ from lightbulb.train.manifest import (
 )
 from lightbulb.train.tensor_file import TensorFile, TensorFileError, hash_file
 
-__all__ = ["Checkpoint", "CheckpointError", "load_into", "load_model_for_inference", "newest_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "load_into",
+    "load_model_for_inference",
+    "newest_checkpoint",
+    "start_from",
+]
 
 
 class Checkpoint:
@@ -172,7 +179,8 @@ def load_into(engine: Engine, checkpoint: Checkpoint) -> None:
     """Put every local part of the checkpoint into the engine's model, optimizer and routers."""
     engine.optimizer_step = checkpoint.state.optimizer_step
     for name, parameter in engine.all_parameters():
-        engine.write_parameter(parameter, checkpoint.read_parameter(name, logical_of(parameter)))
+        state = checkpoint.read_parameter(name, logical_of(parameter), with_moments=parameter.requires_grad)
+        engine.write_parameter(parameter, state)
     _load_routers(engine.routers(), checkpoint)
 
 
@@ -181,6 +189,33 @@ def _load_routers(routers: Iterable[tuple[str, Router]], checkpoint: Checkpoint)
     for name, router in routers:
         for key, value in router.named_buffers():
             value.copy_(checkpoint.read(f"{name}.{key}", (slice(0, len(value)),), tuple(value.shape)))
+
+
+def start_from(engine: Engine, checkpoint: Checkpoint) -> list[str]:
+    """Take the weights of another run's checkpoint, and its routers' biases, into a new engine; moments and router
+    loads start anew.
+
+    Returns:
+        the parameters of this rank that the checkpoint lacks; they keep their initial values.
+
+    Raises:
+        CheckpointError: a parameter has another shape there, or there is none in common.
+    """
+    missing, found = [], 0
+    for name, parameter in engine.all_parameters():
+        if name not in checkpoint.manifest.tensors:
+            missing.append(name)
+            continue
+        found += 1
+        state = checkpoint.read_parameter(name, logical_of(parameter), with_moments=False)
+        moments = {moment: torch.zeros_like(state["master"]) for moment in MOMENTS}
+        engine.write_parameter(parameter, state | moments)
+    for name, router in engine.routers():
+        if router.config.bias_rate and f"{name}.bias" in checkpoint.manifest.tensors:
+            router.bias.copy_(checkpoint.read(f"{name}.bias", (slice(0, len(router.bias)),), tuple(router.bias.shape)))
+    if not found:
+        raise CheckpointError(f"{checkpoint.folder}: has no parameter of this model; name a run of the same blocks")
+    return missing
 
 
 def load_model_for_inference(run: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:
@@ -201,7 +236,8 @@ def load_model_for_inference(run: Path) -> tuple[LanguageModel, Tokenizer, RunCo
     for name, parameter in model.named_parameters():
         logical = logical_of(parameter)
         values = checkpoint.read_parameter(name, logical, with_moments=False)["master"]
-        parameter.data = values.to(device, torch.float32 if logical.keep_fp32 else dtype, copy=True)
+        set_values(parameter, values)
+        parameter.data = parameter.data.to(torch.float32 if logical.keep_fp32 else dtype)
     routers = ((name, module) for name, module in model.named_modules() if isinstance(module, Router))
     _load_routers(routers, checkpoint)  # their biases decide where tokens go
     return model.to(device).eval().requires_grad_(False), Tokenizer.load(run / "tokenizer.json"), config

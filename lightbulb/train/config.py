@@ -52,6 +52,9 @@ class RunConfig(Config):
 
     run: str
     """Folder of the run: config, metrics, checkpoints, report."""
+    start_from: str | None = None
+    """Folder of a run whose newest checkpoint gives the initial weights, by name; parameters it lacks keep theirs. Used
+    while this run has no checkpoint of its own."""
     seed: int = Field(1234, ge=0)
     """Seeds initial weights and the order of the data."""
     model: LanguageConfig

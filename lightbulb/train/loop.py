@@ -27,7 +27,7 @@ from lightbulb.parallel.collective import agree, on_rank_zero
 from lightbulb.parallel.engine import Engine, StepResult
 from lightbulb.parallel.host import Precision, pick_precision
 from lightbulb.train.agreement import check_same_on_all_ranks
-from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into, newest_checkpoint
+from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into, newest_checkpoint, start_from
 from lightbulb.train.config import RunConfig
 from lightbulb.train.faults import StopSignal, fault_point, poisoned
 from lightbulb.train.ledger import Ledger, rewind_ledger
@@ -220,6 +220,8 @@ class Trainer:
         self._spikes = SpikeRule(train.spike_sigma)
         if checkpoint is not None:
             self._resume(checkpoint)
+        elif config.start_from is not None:
+            self._start_from(Path(config.start_from).expanduser())
         if self.is_main:
             save_config(config, self.folder / "config.yaml")
             shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
@@ -256,6 +258,22 @@ class Trainer:
             log.warning("set aside the damaged checkpoint: it is %s now; delete it when you have looked at it", aside)
         self.step, self.tokens, self.skipped_steps = state.step, state.tokens, state.skipped_steps
         log.info("resumed from %s (written as %s)", checkpoint.folder, state.layout)
+
+    def _start_from(self, run: Path) -> None:
+        """Initial weights from another run."""
+        missing, error = [], None
+        checkpoint, problems = newest_checkpoint(run, together=True)
+        try:
+            if checkpoint is None:
+                raise CheckpointError(f"start_from: {run}: {problems[0] if problems else 'has no checkpoint'}")
+            missing = start_from(self.engine, checkpoint)
+        except CheckpointError as caught:
+            error = caught
+        agree(error)
+        everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everywhere, missing)
+        own = ", ".join(sorted({name for names in everywhere for name in names}))
+        log.info("initial weights from %s; parameters of its own: %s", run, own or "none")
 
     def _train_one_step(self) -> None:
         fault_point("step", self.step + 1)

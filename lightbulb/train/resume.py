@@ -33,6 +33,7 @@ RULES = {
     "data.document_mask": Rule.SAID,
     "data.path": Rule.SAID,  # the same corpus elsewhere: its digest is compared when the loader resumes
     "run": Rule.FREE,
+    "start_from": Rule.FREE,  # where weights came from before there was a checkpoint
     "prompts": Rule.FREE,
     "parallel": Rule.FREE,
     "train": Rule.FREE,  # how often and how: micro-batches, saving, evaluating, logging

@@ -195,3 +195,34 @@ def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
 def test_layouts_that_do_not_fit_are_named(name: str, degrees: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(name).check_parallel(Degrees(**degrees))
+
+
+def test_first_blocks_come_before_the_pattern() -> None:
+    dense, routed = {"token": ATTENTION, "channel": MLP}, {"token": ATTENTION, "channel": SWITCH}
+    config = config_of("dense", num_layers=5, first_blocks=[dense], block_pattern=[routed, dense])
+    kinds = [config.layer(layer).channel.type for layer in range(5)]  # type: ignore[union-attr]
+    assert kinds == ["mlp", "switch", "mlp", "switch", "mlp"]
+    assert config.routers() == {"blocks.1.channel.router": 4, "blocks.3.channel.router": 4}
+    with pytest.raises(ConfigError, match="num_layers 4 less the 1 of first_blocks"):
+        config_of("dense", first_blocks=[dense], block_pattern=[routed, dense])
+    wide = {"token": ATTENTION, "channel": MLP | {"hidden_dim": 25}}
+    with pytest.raises(ValueError, match=r"model.first_blocks.0.channel.hidden_dim 25 cannot be split"):
+        config_of("dense", num_layers=5, first_blocks=[wide]).check_parallel(Degrees(tensor=2))
+
+
+def test_a_block_may_do_without_a_channel_mixer() -> None:
+    config = config_of("dense", block_pattern=[{"token": ATTENTION}])
+    model = config.build()
+    initialise(model, 0)
+    assert config.cost().params == sum(p.numel() for p in model.parameters())
+    assert not any("channel" in name for name, _ in model.named_parameters())
+    tokens = tokens_of()
+    with torch.no_grad():
+        state, parts = model.init_state(2, 10), []
+        for chunk in tokens.split([4, 1, 5], dim=1):
+            logits, state = model.decode(chunk, state)
+            parts.append(logits)
+        assert torch.allclose(torch.cat(parts, 1), model.eval()(tokens), atol=1e-5)
+    config.check_parallel(Degrees(tensor=2))
+    with pytest.raises(ValueError, match="parallel.expert 2 has no effect"):
+        config.check_parallel(Degrees(expert=2))

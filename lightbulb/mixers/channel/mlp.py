@@ -1,13 +1,15 @@
-"""Gated feed-forward layer: SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+"""Feed-forward layer: SwiGLU (Shazeer 2020, arXiv:2002.05202), or ungated with GELU (Hendrycks and Gimpel 2016,
+arXiv:1606.08415) or squared ReLU (So et al. 2021, arXiv:2109.08668)."""
 
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from lightbulb.config import Cost
 from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts
-from lightbulb.nn.activation import swiglu
+from lightbulb.nn.activation import squared_relu, swiglu
 from lightbulb.nn.grouped import GroupedLinear, grouped_swiglu
 from lightbulb.nn.groups import enter_tensor_region, expert_axis, expert_tensor_axis, tensor_axis
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
@@ -18,21 +20,34 @@ from lightbulb.registry import register
 
 @register("channel_mixer", "mlp")
 class MLPConfig(ChannelMixerConfig):
-    """Dense SwiGLU."""
+    """Dense feed-forward layer."""
 
-    facts = Facts("GLU Variants Improve Transformer, 2020, arXiv:2002.05202", ("tensor", "sequence", "ulysses"), "none")
+    facts = Facts(
+        "GLU Variants Improve Transformer, 2020, arXiv:2002.05202; Primer, 2021, arXiv:2109.08668",
+        ("tensor", "sequence", "ulysses"),
+        "none",
+    )
     type: Literal["mlp"] = "mlp"
     hidden_dim: int = Field(ge=1)
-    """Width of the gated hidden layer."""
+    """Width of the hidden layer."""
+    activation: Literal["swiglu", "gelu", "squared_relu"] = "swiglu"
+    """What makes the layer nonlinear: "swiglu" has three matrices, of which one gates; the others have two."""
+
+    @property
+    def num_matrices(self) -> int:
+        """Matrices of dim x hidden_dim."""
+        return 3 if self.activation == "swiglu" else 2
 
     def build(self, dim: int, init: Init) -> "MLP":
         return MLP(self, dim, init)
 
-    def build_experts(self, num_experts: int, dim: int, init: Init) -> "SwiGLUExperts":
-        return SwiGLUExperts(num_experts, dim, self.hidden_dim, init)
+    def build_experts(self, num_experts: int, dim: int, init: Init) -> nn.Module:
+        if self.activation == "swiglu":
+            return SwiGLUExperts(num_experts, dim, self.hidden_dim, init)
+        return super().build_experts(num_experts, dim, init)
 
     def cost(self, dim: int) -> Cost:
-        params = 3 * dim * self.hidden_dim
+        params = self.num_matrices * dim * self.hidden_dim
         return Cost(params, params, 2.0 * params)
 
     def check_tensor_parallel(self, degree: int) -> None:
@@ -44,20 +59,26 @@ class MLPConfig(ChannelMixerConfig):
 
 
 class MLP(ChannelMixer):
-    """``(silu(x Wg) * (x Wu)) Wd``, the hidden features split over the tensor axis."""
+    """``(silu(x Wg) * (x Wu)) Wd`` or ``f(x Wu) Wd``, the hidden features split over the tensor axis."""
 
     def __init__(self, config: MLPConfig, dim: int, init: Init):
         super().__init__()
+        self.activation = config.activation
         self.axis = tensor_axis()
-        self.gate = ColumnParallelLinear(dim, config.hidden_dim, init.std)
+        if config.activation == "swiglu":
+            self.gate = ColumnParallelLinear(dim, config.hidden_dim, init.std)
         self.up = ColumnParallelLinear(dim, config.hidden_dim, init.std)
         self.down = RowParallelLinear(config.hidden_dim, dim, init.output_std)
 
     def forward(
         self, x: Tensor, context: Context, state: DecodeState | None = None
     ) -> tuple[Tensor, DecodeState | None]:
-        x = enter_tensor_region(x, self.axis)
-        return self.down(swiglu(self.gate(x), self.up(x))), state
+        return self.down(self._hidden(enter_tensor_region(x, self.axis))), state
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        if self.activation == "swiglu":
+            return swiglu(self.gate(x), self.up(x))
+        return gelu(self.up(x)) if self.activation == "gelu" else squared_relu(self.up(x))
 
 
 class SwiGLUExperts(nn.Module):

@@ -64,6 +64,8 @@ class RoutedConfig(ChannelMixerConfig):
                 f"expert_dropout {self.expert_dropout} needs SwiGLU experts; give hidden_dim instead of expert, or set "
                 "expert_dropout: 0"
             )
+        if self.expert is not None and not self.expert.treats_tokens_alone:
+            raise ValueError(f"expert.type {self.expert.type!r} mixes tokens of a sequence; choose one that does not")
         return self
 
     @model_validator(mode="after")

@@ -1,11 +1,14 @@
-"""Causal softmax attention with grouped key/value heads, rotary positions and optional query/key norms.
+"""Softmax attention: grouped key/value heads, rotary or disentangled positions, windows, sinks, temperatures.
 
-Attention (Vaswani et al. 2017), grouped queries (Ainslie et al. 2023, arXiv:2305.13245), query/key normalisation
-(Henry et al. 2020, arXiv:2010.04245; per head, before the rotation). Heads are split over the tensor axis, and again
-over the Ulysses axis.
+Attention (Vaswani et al. 2017, arXiv:1706.03762), grouped queries (Ainslie et al. 2023, arXiv:2305.13245), query/key
+normalisation (Henry et al. 2020, arXiv:2010.04245; per head, before the rotation). The options have their papers in
+:mod:`lightbulb.nn.attention_mask` and :mod:`lightbulb.nn.scores`. Heads are split over the tensor axis, and again over
+the Ulysses axis.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -13,26 +16,35 @@ from torch import Tensor
 
 from lightbulb.config import Cost
 from lightbulb.mixers.base import Context, DecodeState, Facts, TokenMixer, TokenMixerConfig
-from lightbulb.nn.attention import attend, causal_attention
+from lightbulb.nn.attention import attend
+from lightbulb.nn.attention_backend import Backend, whole_attention
+from lightbulb.nn.attention_mask import Rule, Tokens, Visibility
 from lightbulb.nn.groups import enter_tensor_region, share_in_tensor_region, tensor_axis, ulysses_axis
+from lightbulb.nn.kv_cache import empty_cache, write
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.norm import RMSNorm
-from lightbulb.nn.parameter import Init
+from lightbulb.nn.parameter import Init, Logical, constant, make_parameter
 from lightbulb.nn.recompute import recompute
 from lightbulb.nn.rope import rotary_angles, rotate
+from lightbulb.nn.scores import Clamped, Disentangled, scored_attention
 from lightbulb.nn.ulysses import gather_heads, scatter_heads
 from lightbulb.registry import register
+
+Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @register("token_mixer", "attention")
 class AttentionConfig(TokenMixerConfig):
-    """Causal self-attention."""
+    """Self-attention."""
 
     facts = Facts(
         "Attention Is All You Need, 2017, arXiv:1706.03762; GQA, 2023, arXiv:2305.13245",
         ("tensor", "sequence", "ulysses"),
         "2 x num_kv_heads x head_dim per token",
+        "relative_positions, adaptive_temperature and num_global past max_distance form whole score matrices",
     )
+    keeps_gaps: ClassVar[bool] = True
+    masks_gists: ClassVar[bool] = True
     type: Literal["attention"] = "attention"
     num_heads: int = Field(ge=1)
     """Query heads."""
@@ -42,10 +54,29 @@ class AttentionConfig(TokenMixerConfig):
     """Width of a head; None for ``dim / num_heads``."""
     qk_norm: bool = False
     """Normalise queries and keys per head before the rotation."""
-    rope_theta: float = Field(10_000.0, gt=0)
-    """Base of the rotary frequencies."""
+    rope_theta: float | None = Field(10_000.0, gt=0)
+    """Base of the rotary frequencies; None for no rotation."""
     norm_eps: float = Field(1e-6, gt=0)
     """Epsilon of the query/key norms."""
+    causal: bool = True
+    """Tokens see the past only; false for an encoder, which cannot decode."""
+    window: int | None = Field(None, ge=1)
+    """Tokens see tokens fewer than this many positions away (themselves included); None for all."""
+    sink: Literal["none", "one", "learned"] = "none"
+    """One more key with value zero, so that a head may attend to nothing: ``one`` with logit 0 (softmax1, Miller
+    2023), ``learned`` with a logit per head (from 0), or ``none``."""
+    adaptive_temperature: bool = False
+    """In evaluation, sharpen rows of weights with much entropy (Veličković et al. 2024, arXiv:2410.01104)."""
+    max_distance: int | None = Field(None, ge=1)
+    """Longest distance of a trained model that is to run on longer sequences (LM-Infinite, Han et al. 2023,
+    arXiv:2308.16137): tokens farther away are not seen, except the ``num_global`` first, which seem that far away."""
+    num_global: int = Field(0, ge=0)
+    """First tokens of a document that every later one sees; needs ``max_distance``."""
+    relative_positions: int | None = Field(None, ge=1)
+    """Disentangled scores by relative position, clipped to less than this many positions either way, instead of the
+    rotation (DeBERTa, He et al. 2020, arXiv:2006.03654; the relative positions share the query/key projections)."""
+    backend: Backend = "auto"
+    """Kernel for whole sequences."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "AttentionConfig":
@@ -53,14 +84,50 @@ class AttentionConfig(TokenMixerConfig):
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}; choose a divisor"
             )
-        if self.head_dim is not None and self.head_dim % 2:
+        if self.head_dim is not None and self.head_dim % 2 and self.rope_theta is not None:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even width")
         return self
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> "AttentionConfig":
+        if self.num_global and self.max_distance is None:
+            raise ValueError(f"num_global {self.num_global} has no effect without max_distance; set it")
+        if self.max_distance is not None and self.window is not None:
+            raise ValueError(
+                f"max_distance {self.max_distance} is a window too, next to window {self.window}; keep one of them"
+            )
+        if self.max_distance is not None and not self.causal:
+            raise ValueError(f"max_distance {self.max_distance} needs causal: true; use window")
+        if self.relative_positions is not None and self.rope_theta is not None:
+            raise ValueError(
+                f"relative_positions {self.relative_positions} take the place of the rotation; set rope_theta: null"
+            )
+        if self.backend in ("flex", "flash"):
+            self._check_kernel()
+        return self
+
+    def _check_kernel(self) -> None:
+        unfused = {
+            "relative_positions": self.relative_positions is not None,
+            "adaptive_temperature": self.adaptive_temperature,
+            "num_global": self.num_global > 0 and (self.rope_theta is not None or self.backend == "flash"),
+            "sink": self.sink != "none" and self.backend == "flash",
+        }
+        for field, used in unfused.items():
+            if used:
+                raise ValueError(
+                    f"backend {self.backend!r} has no kernel for {field} {getattr(self, field)!r}; set backend: auto"
+                )
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads, the default resolved."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def rule(self) -> Rule:
+        """Which tokens see which."""
+        return Rule(self.causal, self.window, self.max_distance, self.num_global)
 
     def width(self, dim: int) -> int:
         """Width of one head for a model width.
@@ -84,9 +151,15 @@ class AttentionConfig(TokenMixerConfig):
         width = self.width(dim)
         matrices = dim * width * (2 * self.num_heads + 2 * self.kv_heads)
         norms = 2 * width if self.qk_norm else 0
-        # A token attends to (context_length + 1) / 2 tokens on average: scores and weighted values.
-        attended = 4.0 * self.num_heads * width * (context_length + 1) / 2
-        return Cost(matrices + norms, matrices + norms, 2.0 * matrices + attended)
+        sinks = self.num_heads if self.sink == "learned" else 0
+        relative = 2 * (self.relative_positions or 0)
+        params = matrices + norms + sinks + relative * dim
+        # Scores and weighted values.
+        attended = 4.0 * self.num_heads * width * self.rule.mean_seen(context_length)
+        # Each query and each key by every relative position, which are projected once for a context.
+        by_position = 4.0 * self.num_heads * width * relative
+        projected = 2.0 * dim * width * (self.num_heads + self.kv_heads) * relative / context_length
+        return Cost(params, params, 2.0 * matrices + attended + by_position + projected)
 
     def check_tensor_parallel(self, degree: int) -> None:
         for field, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.kv_heads)):
@@ -101,9 +174,13 @@ class AttentionConfig(TokenMixerConfig):
                     f"choose a multiple of {tensor * ulysses}"
                 )
 
+    def check_gaps(self) -> None:
+        if self.backend == "flash":
+            raise ValueError("backend 'flash' takes no positions per sample; set backend: auto")
+
 
 class Attention(TokenMixer):
-    """``softmax(q k^T / sqrt(width)) v`` over the past, heads local to the tensor rank."""
+    """``softmax(q k^T / sqrt(width)) v`` over what each token may see, heads local to the tensor rank."""
 
     def __init__(self, config: AttentionConfig, dim: int, init: Init):
         super().__init__()
@@ -119,6 +196,11 @@ class Attention(TokenMixer):
         if config.qk_norm:
             self.query_norm = RMSNorm(self.width, config.norm_eps, by_position=False)
             self.key_norm = RMSNorm(self.width, config.norm_eps, by_position=False)
+        if config.sink == "learned":
+            logical = Logical((config.num_heads,), None, tensor_dim=0, tensor=self.axis, fill=constant(0.0))
+            self.sink = make_parameter(logical)
+        if config.relative_positions is not None:
+            self.relative = make_parameter(Logical((2 * config.relative_positions, dim), init.std))
 
     def forward(
         self, x: Tensor, context: Context, state: DecodeState | None = None
@@ -129,37 +211,106 @@ class Attention(TokenMixer):
         if self.config.qk_norm:
             query = self.query_norm(query, share_in_tensor_region(self.query_norm.weight, self.axis))
             key = self.key_norm(key, share_in_tensor_region(self.key_norm.weight, self.axis))
-        cos, sin = rotary_angles(context.positions, self.width, self.config.rope_theta)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        if state is not None:
-            mixed, state = self._attend_with_past(query, key, value, context, state)
-        elif context.recompute == "selective":
-            mixed = recompute(causal_attention, query, key, value, _document_mask(context))
+        turned = query
+        if self.config.rope_theta is not None:
+            cos, sin = rotary_angles(context.positions, self.width, self.config.rope_theta)
+            turned, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        turned, key, value = (t.permute(1, 2, 0, 3) for t in (turned, key, value))
+        if state is None:
+            seen = self._whole(context)
         else:
-            mixed = causal_attention(query, key, value, _document_mask(context))
+            state = write(state, key, value, context.positions, context.present)
+            key, value, seen = self._continued(state, context)
+        core = self._core(query, key, seen, context, decodes=state is not None)
+        if context.recompute == "selective" and state is None:
+            core = partial(recompute, core)
+        mixed = core(turned, key, value)
+        if context.present is not None:
+            mixed = mixed.masked_fill(~context.present[:, None, :, None], 0.0)
         return self.output(gather_heads(mixed.permute(2, 0, 1, 3), self.ulysses).flatten(2)), state
 
     def init_state(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> DecodeState:
-        shape = (batch_size, self.kv_heads, max_length, self.width)
-        return {name: torch.zeros(shape, device=device, dtype=dtype) for name in ("key", "value")}
+        if not self.config.causal:
+            raise ValueError("causal: false has nothing to decode: every token sees all others; set causal: true")
+        return empty_cache(batch_size, self.kv_heads, max_length, self.width, device, dtype)
 
-    def _attend_with_past(
-        self, query: Tensor, key: Tensor, value: Tensor, context: Context, state: DecodeState
-    ) -> tuple[Tensor, DecodeState]:
-        """Write the new keys and values at their positions, then attend to everything up to them."""
-        state = {"key": state["key"].clone(), "value": state["value"].clone()} if torch.is_grad_enabled() else state
-        state["key"].index_copy_(2, context.positions, key)
-        state["value"].index_copy_(2, context.positions, value)
-        known = int(context.positions[-1]) + 1
-        mask = torch.arange(known, device=query.device) <= context.positions[:, None]
-        return attend(query, state["key"][:, :, :known], state["value"][:, :, :known], mask), state
+    def _whole(self, context: Context) -> Visibility:
+        """Whole sequences attend to themselves."""
+        rule, consecutive = self.config.rule, context.positions.dim() == 1
+        length = len(context.positions)
+        order = torch.arange(length, device=context.positions.device)[None]
+        tokens = Tokens(order, _by_sample(context.positions), context.document_ids, present=context.present)
+        if rule.num_global:
+            tokens = tokens.with_ages()
+        if context.gist is not None:
+            tokens = tokens.with_gists(context.gist)
+        marks = (context.document_ids, context.present, context.gist)
+        sees_all = rule.sees_all_of(length) if consecutive else rule.window is None and rule.max_distance is None
+        plain = sees_all and all(mark is None for mark in marks)
+        return Visibility(rule, tokens, tokens, consecutive, plain)
+
+    def _continued(self, state: DecodeState, context: Context) -> tuple[Tensor, Tensor, Visibility]:
+        """Keys and values that new tokens attend to: those of the state, which includes their own."""
+        rule, positions = self.config.rule, context.positions
+        first, known = 0, int(positions.max()) + 1
+        if rule.reach is not None:
+            first = max(0, int(positions.min()) - rule.reach + 1)
+        places, new = torch.arange(first, known, device=positions.device)[None], _by_sample(positions)
+        query = Tokens(new, new, present=context.present)
+        key = Tokens(places, places, present=state["present"][:, first:known])
+        if context.gist is not None:
+            query, key = query.with_gists(context.gist), key.with_gists(context.gist)
+        key_part, value_part = (state[name][:, :, first:known] for name in ("key", "value"))
+        return key_part, value_part, Visibility(rule, query, key, consecutive=positions.dim() == 1)
+
+    def _core(self, query: Tensor, key: Tensor, seen: Visibility, context: Context, decodes: bool) -> Core:
+        """What makes ``[batch, heads, queries, width]`` of rotated queries, keys and values."""
+        config, sink = self.config, self._sink(query)
+        clamps = config.rope_theta is not None and config.num_global > 0 and seen.has_far_pairs
+        sharpens = config.adaptive_temperature and not self.training
+        if clamps or sharpens or config.relative_positions or (decodes and sink is not None):
+            return partial(
+                scored_attention,
+                mask=seen.dense(),
+                distances=seen.distances(),
+                sink=sink,
+                sharpen=sharpens,
+                disentangled=self._disentangled() if config.relative_positions else None,
+                clamped=self._clamped(query, key, seen) if clamps else None,
+            )
+        if decodes:
+            return partial(attend, mask=seen.dense())
+        return partial(whole_attention, seen=seen, sink=sink, backend=config.backend)
+
+    def _sink(self, query: Tensor) -> Tensor | None:
+        """Logits of the sinks of this rank's heads."""
+        if self.config.sink == "none":
+            return None
+        if self.config.sink == "one":
+            return query.new_zeros(query.shape[2])
+        return self.sink.chunk(self.ulysses.size)[self.ulysses.rank]
+
+    def _disentangled(self) -> Disentangled:
+        """The relative positions through the projections of queries and keys, this rank's heads of them."""
+        table = share_in_tensor_region(self.relative, self.axis)
+        by_head = [part(table).unflatten(-1, (-1, self.width)).transpose(0, 1) for part in (self.key, self.query)]
+        key, query = (part.chunk(self.ulysses.size)[self.ulysses.rank] for part in by_head)
+        return Disentangled(key, query)
+
+    def _clamped(self, query: Tensor, key: Tensor, seen: Visibility) -> Clamped:
+        """Queries as at the longest distance, and the keys that may be farther than that without their rotation."""
+        config = self.config
+        assert config.max_distance is not None and config.rope_theta is not None
+        longest = torch.tensor([config.max_distance], device=query.device)
+        far = rotate(query, *rotary_angles(longest, self.width, config.rope_theta))
+        # Global tokens come first where there is one document and no filler.
+        any_place = seen.key.ages is not None or not seen.consecutive
+        count = key.shape[2] if any_place else min(config.num_global, key.shape[2])
+        cos, sin = rotary_angles(seen.key.positions[:, :count].t(), self.width, config.rope_theta)
+        unturned = rotate(key[:, :, :count].permute(2, 0, 1, 3), cos, -sin)
+        return Clamped(far.permute(1, 2, 0, 3), unturned.permute(1, 2, 0, 3), config.max_distance)
 
 
-def _document_mask(context: Context) -> Tensor | None:
-    """``[batch, 1, length, length]`` bool: causal and within one document; None when documents do not matter."""
-    if context.document_ids is None:
-        return None
-    ids = context.document_ids
-    causal = context.positions[:, None] >= context.positions
-    return (causal & (ids[:, :, None] == ids[:, None, :]))[:, None]
+def _by_sample(positions: Tensor) -> Tensor:
+    """``[length]`` or ``[length, batch]`` to ``[1 or batch, length]``."""
+    return positions[None] if positions.dim() == 1 else positions.t()

@@ -1,0 +1,169 @@
+"""LoRA: frozen weights, each with a trained update of low rank; optionally frozen in four bits (QLoRA).
+
+"LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685: ``y = W x + s B A x`` with
+``A [rank, in]`` random, ``B [out, rank]`` zero at the start and ``s = alpha / rank``; with ``s = alpha / sqrt(rank)``,
+rsLoRA, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023, arXiv:2312.03732. "QLoRA: Efficient
+Finetuning of Quantized LLMs", 2023, arXiv:2305.14314, keeps W in NF4 (:mod:`lightbulb.nn.nf4`) and unpacks it for each
+product; checkpoints hold the unpacked values, which give the same codes when they are read. Every matrix has its own
+pair, in experts too (there gate and up one each).
+
+Everything but A and B is frozen: embedding, norms and routers too. Along a split dimension A and B are split like W;
+what they keep whole is used by each rank for its part, so its gradients are summed. On a BitLinear layer the update
+stays beside the quantised product and sees its unquantised input.
+"""
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, cat, nn, no_grad
+from torch.nn.functional import linear
+
+from lightbulb.config import Cost
+from lightbulb.mixers.base import Facts
+from lightbulb.models.modifier import ModifierConfig
+from lightbulb.modifiers.matching import check_match, matching_linears
+from lightbulb.nn.grouped import GroupedLinear, grouped_linear
+from lightbulb.nn.groups import share_in_tensor_region
+from lightbulb.nn.linear import Adapter, SplitLinear
+from lightbulb.nn.nf4 import BLOCK, NF4
+from lightbulb.nn.parameter import Logical, constant, make_parameter, values_of
+from lightbulb.registry import register
+
+
+@register("modifier", "lora")
+class LoRAConfig(ModifierConfig):
+    """Frozen weights with trained low-rank updates."""
+
+    facts = Facts(
+        "LoRA, 2021, arXiv:2106.09685; QLoRA, 2023, arXiv:2305.14314",
+        ("tensor", "sequence", "ulysses", "pipeline", "expert"),
+        "none",
+        "no dropout on the updates' inputs; NF4 needs a multiple of 64 inputs on every rank",
+    )
+    type: Literal["lora"] = "lora"
+    rank: int = Field(8, ge=1)
+    """Rank of the updates."""
+    alpha: float = Field(16.0, gt=0)
+    """Weight of the updates, see ``scaling``."""
+    scaling: Literal["alpha/r", "rslora"] = "alpha/r"
+    """Updates are multiplied by alpha / rank, or by alpha / sqrt(rank)."""
+    quantize: Literal["nf4"] | None = None
+    """Keep the frozen weights beside updates in four bits."""
+    match: str = "blocks.*"
+    """Names of the layers, ``*`` standing for any characters."""
+
+    @property
+    def scale(self) -> float:
+        """What updates are multiplied by."""
+        return self.alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))
+
+    def convert(self, model: nn.Module) -> None:
+        model.requires_grad_(False)
+        for name, layer in matching_linears(model, self.match):
+            _check_shape(name, layer)
+            layer.adapter = LowRank(layer, self.rank, self.scale)
+            if self.quantize is not None:
+                _keep_in_four_bits(name, layer)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"model.modifiers: lora: match {self.match!r} leaves a pipeline stage with nothing to train; widen it"
+            )
+
+    def converted_cost(self, plain: nn.Module) -> Cost:
+        check_match(plain, self.match)
+        params, active = 0, 0.0
+        for name, layer in matching_linears(plain, self.match):
+            *lead, outputs, inputs = layer.logical.shape
+            pair = math.prod(lead) * self.rank * (outputs + inputs)
+            params, active = params + pair, active + pair * _active_share(plain, name, layer.logical)
+        return Cost(params, round(active), 2.0 * active)
+
+
+class LowRank(Adapter):
+    """``s B A x``: ``a [..., rank, in]`` and ``b [..., out, rank]``, with the leading dimensions of the weight.
+
+    Args:
+        layer: whose product it adds to; results are partial sums where that layer's are.
+        rank: of the update.
+        scale: s.
+    """
+
+    def __init__(self, layer: SplitLinear, rank: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        weight = layer.logical
+        *lead, outputs, inputs = weight.shape
+        leading = weight.tensor_dim is not None and weight.tensor_dim < len(lead)  # then ranks hold whole pairs
+        plain = replace(weight, fill=None, keep_fp32=False)
+        a_dim = weight.tensor_dim if leading or layer.has_split_input else None
+        b_dim = weight.tensor_dim if leading or not layer.has_split_input else None
+        self.a = make_parameter(
+            replace(plain, shape=(*lead, rank, inputs), std=1 / math.sqrt(inputs), tensor_dim=a_dim)
+        )
+        self.b = make_parameter(replace(plain, shape=(*lead, outputs, rank), fill=constant(0.0), tensor_dim=b_dim))
+        self.axis = weight.tensor
+        self.shares_a, self.shares_b = (dim is None and not weight.by_position for dim in (a_dim, b_dim))
+
+    def forward(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
+        a = share_in_tensor_region(self.a, self.axis) if self.shares_a else self.a
+        b = share_in_tensor_region(self.b, self.axis) if self.shares_b else self.b
+        if counts is None:
+            return linear(linear(x, a), b) * self.scale
+        inner = grouped_linear(x, a.flatten(1, -2), counts)
+        if b.dim() == 3:
+            return grouped_linear(inner, b, counts) * self.scale
+        parts = zip(inner.chunk(b.shape[1], -1), b.unbind(1), strict=True)
+        return cat([grouped_linear(part.contiguous(), each, counts) for part, each in parts], -1) * self.scale
+
+    def delta(self) -> Tensor:
+        """``s B A``: what is added to the weight."""
+        return self.b @ self.a * self.scale
+
+
+@no_grad()
+def merge(model: nn.Module) -> None:
+    """Add every update to its weight and remove it. Weights in four bits are unpacked first.
+
+    Raises:
+        ValueError: a layer quantises its weight, which would round the update away.
+    """
+    for name, layer in matching_linears(model, "*"):
+        if not isinstance(layer.adapter, LowRank):
+            continue
+        if layer.quantizer is not None:
+            raise ValueError(f"{name}: its weight is quantised in every product: leave the update beside it")
+        merged = values_of(layer.weight) + layer.adapter.delta().to(layer.weight.dtype)
+        if hasattr(layer.weight, "keeper"):
+            del layer.weight.keeper, layer.keeper
+        layer.weight.data = merged
+        layer.adapter = None
+
+
+def _check_shape(name: str, layer: SplitLinear) -> None:
+    """Several matrices in one weight: of experts, or parts that :class:`GroupedLinear` multiplies."""
+    lead = len(layer.logical.shape) - 2
+    if lead > int(layer.logical.is_expert) and not isinstance(layer, GroupedLinear):
+        raise ValueError(f"model.modifiers: lora: {name} multiplies in a way of its own; leave it out of match")
+
+
+def _keep_in_four_bits(name: str, layer: SplitLinear) -> None:
+    inputs = layer.weight.shape[-1]
+    if inputs % BLOCK:
+        raise ValueError(
+            f"model.modifiers: lora: quantize nf4: {name} has {inputs} inputs on each rank, no multiple of {BLOCK}; "
+            "widen the layer, lower parallel.tensor, or leave it out of match"
+        )
+    layer.keeper = NF4(layer.has_split_input)
+    layer.weight.keeper = layer.keeper  # type: ignore[attr-defined]
+
+
+def _active_share(model: nn.Module, name: str, weight: Logical) -> float:
+    """The share of a layer's matrices that one token passes: top-k of the experts of the nearest router's mixer."""
+    while weight.is_expert and name:
+        name = name.rpartition(".")[0]
+        router = getattr(getattr(model.get_submodule(name), "config", None), "router", None)
+        if router is not None:
+            return router.top_k / weight.shape[0]
+    return 1.0
