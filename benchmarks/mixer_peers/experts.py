@@ -1,4 +1,4 @@
-"""Mixtures of experts beside those of Hugging Face transformers: equal shapes, weights and routing, float32, one thread.
+"""Mixtures of experts beside those of transformers: equal shapes, weights and routing, in float32 on one thread.
 
 Each figure is the peer's time over ours, forward and backward with gradients of weights and input: above 1 ours is the
 faster one.

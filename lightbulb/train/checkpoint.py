@@ -14,7 +14,7 @@ ever unpickled, no link is followed, and no size found in a file is allocated.
     checkpoints/latest                                        name of the newest, for people and scripts; never read
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from lightbulb.parallel.collective import on_rank_zero
 from lightbulb.parallel.engine import Engine
 from lightbulb.parallel.host import pick_device
 from lightbulb.parallel.optimizer import MOMENTS
+from lightbulb.routing.router import Router
 from lightbulb.train.config import RunConfig
 from lightbulb.train.manifest import (
     CheckpointError,
@@ -180,13 +181,19 @@ def load_into(engine: Engine, checkpoint: Checkpoint) -> None:
     for name, parameter in engine.all_parameters():
         state = checkpoint.read_parameter(name, logical_of(parameter), with_moments=parameter.requires_grad)
         engine.write_parameter(parameter, state)
-    for name, router in engine.routers():
+    _load_routers(engine.routers(), checkpoint)
+
+
+def _load_routers(routers: Iterable[tuple[str, Router]], checkpoint: Checkpoint) -> None:
+    """Put the checkpoint's loads and biases into routers, given with their global names."""
+    for name, router in routers:
         for key, value in router.named_buffers():
             value.copy_(checkpoint.read(f"{name}.{key}", (slice(0, len(value)),), tuple(value.shape)))
 
 
 def start_from(engine: Engine, checkpoint: Checkpoint) -> list[str]:
-    """Take the weights of another run's checkpoint into a new engine; moments and router loads start anew.
+    """Take the weights of another run's checkpoint, and its routers' biases, into a new engine; moments and router
+    loads start anew.
 
     Returns:
         the parameters of this rank that the checkpoint lacks; they keep their initial values.
@@ -203,6 +210,9 @@ def start_from(engine: Engine, checkpoint: Checkpoint) -> list[str]:
         state = checkpoint.read_parameter(name, logical_of(parameter), with_moments=False)
         moments = {moment: torch.zeros_like(state["master"]) for moment in MOMENTS}
         engine.write_parameter(parameter, state | moments)
+    for name, router in engine.routers():
+        if router.config.bias_rate and f"{name}.bias" in checkpoint.manifest.tensors:
+            router.bias.copy_(checkpoint.read(f"{name}.bias", (slice(0, len(router.bias)),), tuple(router.bias.shape)))
     if not found:
         raise CheckpointError(f"{checkpoint.folder}: has no parameter of this model; name a run of the same blocks")
     return missing
@@ -228,6 +238,8 @@ def load_model_for_inference(run: Path) -> tuple[LanguageModel, Tokenizer, RunCo
         values = checkpoint.read_parameter(name, logical, with_moments=False)["master"]
         set_values(parameter, values)
         parameter.data = parameter.data.to(torch.float32 if logical.keep_fp32 else dtype)
+    routers = ((name, module) for name, module in model.named_modules() if isinstance(module, Router))
+    _load_routers(routers, checkpoint)  # their biases decide where tokens go
     return model.to(device).eval().requires_grad_(False), Tokenizer.load(run / "tokenizer.json"), config
 
 

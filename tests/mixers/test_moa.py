@@ -168,6 +168,46 @@ def test_equality_documents_are_as_if_alone(form: dict[str, Any]) -> None:
             assert torch.allclose(whole[rows, sample], alone[:, 0], atol=1e-10)
 
 
+def chosen() -> tuple[Tensor, Tensor]:
+    """Positions ``[5, 2]`` that the samples keep, and ``[2, 5]``: which of them are no fillers."""
+    positions = torch.tensor([[0, 1], [2, 2], [3, 6], [7, 8], [8, 0]])
+    return positions, torch.tensor([[True] * 5, [True] * 4 + [False]])
+
+
+@FORMS
+def test_equality_tokens_with_gaps_are_as_if_alone(form: dict[str, Any]) -> None:
+    module, x, (positions, present) = mixer(**form), draw(5), chosen()
+    found, _ = module(x, Context(positions, present=present))
+    for sample in range(BATCH):
+        kept = present[sample]
+        alone, _ = module(x[kept, sample : sample + 1], Context(positions[kept, sample]))
+        assert torch.allclose(found[kept, sample], alone[:, 0], atol=1e-10)
+
+
+@FORMS
+def test_equality_decode_with_gaps_is_forward(form: dict[str, Any]) -> None:
+    module, x, (positions, present) = mixer(**form), draw(5), chosen()
+    state, parts = module.init_state(2, 12, x.device, x.dtype), []
+    with torch.no_grad():
+        for part in (slice(0, 2), slice(2, 3), slice(3, 5)):
+            y, state = module(x[part], Context(positions[part], present=present[:, part]), state)
+            parts.append(y)
+        wanted, _ = module(x, Context(positions, present=present))
+    kept = present.t()
+    assert torch.allclose(torch.cat(parts)[kept], wanted[kept], atol=1e-12)
+
+
+@FORMS
+def test_prompts_are_seen_through_their_gists_only(form: dict[str, Any]) -> None:
+    module, x, gist = mixer(**form), draw(), torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    assert torch.allclose(module(x, Context(torch.arange(LENGTH), gist=gist))[0], run(module, x), atol=1e-12)
+    gist[:, 4] = True
+    changed = x.clone()
+    changed[:4] += 1.0
+    before, after = (module(x, Context(torch.arange(LENGTH), gist=gist))[0] for x in (x, changed))
+    assert torch.allclose(before[5:], after[5:], atol=1e-12) and not torch.allclose(before[4], after[4], atol=1e-4)
+
+
 @FORMS
 def test_the_future_changes_nothing(form: dict[str, Any]) -> None:
     module, x = mixer(**form), draw()

@@ -83,7 +83,7 @@ def test_equality_auxiliary_losses_have_the_stated_gradient(score: str) -> None:
     statistics = summarise(module.statistics.take(torch.device("cpu")), EXPERTS)
     share = torch.bincount(naive(module, x).experts.flatten(), minlength=EXPERTS) / (2 * TOKENS)
     assert statistics["load"] == pytest.approx(share.tolist())
-    assert statistics["balance_loss"] == pytest.approx(EXPERTS * float(share.double() @ probabilities.mean(0)))
+    assert statistics["balance_loss"] == pytest.approx(EXPERTS * float(share.double() @ probabilities.detach().mean(0)))
     assert statistics["entropy"] == pytest.approx(float(-(probabilities * probabilities.log()).sum() / TOKENS))
 
 

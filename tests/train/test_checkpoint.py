@@ -8,7 +8,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from lightbulb.config import build_config, save_config
+from lightbulb.nn.parameter import initialise
+from lightbulb.train import checkpoint
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_model_for_inference, newest_checkpoint
+from lightbulb.train.config import RunConfig
 from lightbulb.train.faults import PlantedFault
 from lightbulb.train.manifest import (
     FOLDER,
@@ -315,6 +319,40 @@ def test_damaged_newer_checkpoints_are_set_aside_and_keep_nothing_from_being_kep
     sweep(tmp_path)
     remove_old(tmp_path, 1)
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000003"]
+
+
+def test_inference_has_the_weights_and_the_routers_biases(tmp_path, monkeypatch):
+    router = {"top_k": 2, "score": "sigmoid", "normalize_gates": True, "bias_rate": 0.01}
+    block = {
+        "token": {"type": "attention", "num_heads": 2},
+        "channel": {"type": "deepseek_moe", "num_experts": 4, "hidden_dim": 4, "router": router},
+    }
+    model = {"vocab_size": 16, "dim": 8, "num_layers": 1, "context_length": 8, "block_pattern": [block]}
+    train = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "precision": "fp32"}
+    values = {"run": str(tmp_path), "model": model, "data": {"path": "data"}, "train": train}
+    config = build_config(RunConfig, values)
+    wanted = config.model.build()
+    initialise(wanted, 0)
+    wanted.blocks["0"].channel.router.bias.copy_(torch.tensor([0.5, -0.5, 0.25, 0.0]))
+    folder = write(tmp_path)
+    tensors = dict(wanted.state_dict())
+    write_tensors(folder / "model-rank0000.safetensors", tensors)
+    (folder / "model-rank0001.safetensors").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["digest"]
+    part = {"file": "model-rank0000.safetensors"}
+    manifest["tensors"] = {
+        name: {"shape": [*v.shape], "parts": [part | {"key": name, "start": [0] * v.dim(), "shape": [*v.shape]}]}
+        for name, v in tensors.items()
+    }
+    manifest["files"] = {p.name: record_of(p) for p in folder.iterdir() if p.name != "manifest.json"}
+    write_manifest(folder, manifest)
+    save_config(config, tmp_path / "config.yaml")
+    monkeypatch.setattr(checkpoint.Tokenizer, "load", lambda path: None)
+    found, _, _ = load_model_for_inference(tmp_path)
+    assert found.state_dict().keys() == tensors.keys()
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, tensors[name]), name
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

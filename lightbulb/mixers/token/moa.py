@@ -13,7 +13,8 @@ Experts are not spread over ranks: a token would travel four times. Instead the 
 tensor axis with the key/value heads, and over the Ulysses axis inside the attention.
 """
 
-from typing import Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -22,7 +23,10 @@ from torch import Tensor
 from lightbulb.config import Cost
 from lightbulb.mixers.base import Context, DecodeState, Facts, TokenMixer, TokenMixerConfig
 from lightbulb.mixers.route import route
-from lightbulb.nn.attention import attend, causal_attention
+from lightbulb.mixers.token.visibility import of_cache, of_whole
+from lightbulb.nn.attention import attend
+from lightbulb.nn.attention_backend import whole_attention
+from lightbulb.nn.attention_mask import Rule
 from lightbulb.nn.grouped import GroupedLinear
 from lightbulb.nn.groups import (
     SINGLE,
@@ -33,6 +37,7 @@ from lightbulb.nn.groups import (
     tensor_axis,
     ulysses_axis,
 )
+from lightbulb.nn.kv_cache import empty_cache, write
 from lightbulb.nn.linear import ColumnParallelLinear
 from lightbulb.nn.norm import RMSNorm
 from lightbulb.nn.parameter import Init
@@ -54,6 +59,8 @@ class MoAConfig(TokenMixerConfig):
         "2 x num_kv_heads x head_dim per token",
         "experts are not spread over ranks",
     )
+    keeps_gaps: ClassVar[bool] = True
+    masks_gists: ClassVar[bool] = True
     type: Literal["moa"] = "moa"
     num_experts: int = Field(ge=1)
     """Experts, each with a query and an output matrix."""
@@ -142,8 +149,7 @@ class MoA(TokenMixer):
         return exit_tensor_region(result.view_as(x), self.axis), state
 
     def init_state(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> DecodeState:
-        shape = (batch_size, self.kv_heads, max_length, self.config.head_dim)
-        return {name: torch.zeros(shape, device=device, dtype=dtype) for name in ("key", "value")}
+        return empty_cache(batch_size, self.kv_heads, max_length, self.config.head_dim, device, dtype)
 
     def _attend(
         self, x: Tensor, query: Tensor, context: Context, state: DecodeState | None
@@ -162,32 +168,15 @@ class MoA(TokenMixer):
         cos, sin = rotary_angles(context.positions, width, self.config.rope_theta)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        if state is not None:
-            mixed, state = _attend_with_past(query, key, value, context.positions, state)
-        elif context.recompute == "selective":
-            mixed = recompute(causal_attention, query, key, value, _document_mask(context))
+        if state is None:
+            core = partial(whole_attention, seen=of_whole(Rule(), context), sink=None, backend="auto")
+            core = partial(recompute, core) if context.recompute == "selective" else core
         else:
-            mixed = causal_attention(query, key, value, _document_mask(context))
+            state = write(state, key, value, context.positions, context.present)
+            key, value, seen = of_cache(Rule(), context, state)
+            core = partial(attend, mask=seen.dense())
+        mixed = core(query, key, value)
+        if context.present is not None:
+            mixed = mixed.masked_fill(~context.present[:, None, :, None], 0.0)
         mixed = gather_heads(mixed.permute(2, 0, 1, 3), self.ulysses)
         return mixed.unflatten(2, (-1, top_k)).transpose(2, 3).flatten(3).flatten(0, 2), state
-
-
-def _attend_with_past(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, state: DecodeState
-) -> tuple[Tensor, DecodeState]:
-    """Write the new keys and values at their positions, then attend to everything up to them."""
-    state = {"key": state["key"].clone(), "value": state["value"].clone()} if torch.is_grad_enabled() else state
-    state["key"].index_copy_(2, positions, key)
-    state["value"].index_copy_(2, positions, value)
-    known = int(positions[-1]) + 1
-    mask = torch.arange(known, device=query.device) <= positions[:, None]
-    return attend(query, state["key"][:, :, :known], state["value"][:, :, :known], mask), state
-
-
-def _document_mask(context: Context) -> Tensor | None:
-    """``[batch, 1, length, length]`` bool: causal and within one document; None when documents do not matter."""
-    if context.document_ids is None:
-        return None
-    ids = context.document_ids
-    causal = context.positions[:, None] >= context.positions
-    return (causal & (ids[:, :, None] == ids[:, None, :]))[:, None]
