@@ -7,7 +7,6 @@ matrix, ``dL/dW_i = sum_p e_pi G_p`` and ``dL/de_pi = <G_p, W_i>``.
 """
 
 import math
-import threading
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ class MergedLinear(SplitLinear):
 
     def merge(self, shares: Tensor) -> Tensor:
         """``shares [P, E]`` to ``[P, out, in]``, as they are to be multiplied."""
-        merged = (shares.to(self.weight.dtype) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
+        merged = _merged(shares.to(self.weight.dtype), self.weight)
         return merged if self.quantizer is None else self.quantizer.matrix(merged)
 
     def multiply_merged(self, rows: Tensor, merged: Tensor, shares: Tensor) -> Tensor:
@@ -115,10 +114,7 @@ class _MergedLinear(torch.autograd.Function):
         inputs, mix = rows.to(dtype), shares.to(dtype)
         parts = []
         for part in _blocks(weight, len(mix)):
-            theta = weight[:, part].to(dtype)
-            merged = _scratch(theta, len(mix))
-            torch.mm(mix, theta.flatten(1), out=merged.flatten(1))
-            parts.append(_products(inputs, merged, counts))
+            parts.append(_products(inputs, _merged(mix, weight[:, part].to(dtype)), counts))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(rows.dtype)
 
     @staticmethod
@@ -131,15 +127,23 @@ class _MergedLinear(torch.autograd.Function):
         grad_weight = torch.empty_like(weight, dtype=dtype)
         for part in _blocks(weight, len(mix)):
             theta, incoming = weight[:, part].to(dtype), grad[:, part]
-            merged = _scratch(theta, len(mix))
-            torch.mm(mix, theta.flatten(1), out=merged.flatten(1))
-            grad_part = _products(incoming, merged.transpose(1, 2), counts)
+            grad_part = _products(incoming, _merged(mix, theta).transpose(1, 2), counts)
             grad_rows = grad_part if part.start == 0 else grad_rows.add_(grad_part)
-            grad_merged = _outer_products(incoming, inputs, counts, out=merged)
+            grad_merged = _outer_products(incoming, inputs, counts)
             torch.mm(mix.t(), grad_merged.flatten(1), out=grad_weight[:, part].flatten(1))
-            # <G_p, W_i> row by row of the matrices: one product of P x E with long rows is half as fast.
-            grad_mix += torch.bmm(grad_merged.transpose(0, 1), theta.permute(1, 2, 0)).sum(0)
+            grad_mix += inner_products(grad_merged, theta)
         return grad_rows.to(rows.dtype), grad_mix.to(shares.dtype), grad_weight.to(weight.dtype), None
+
+
+def inner_products(merged: Tensor, weight: Tensor) -> Tensor:
+    """``<merged[p], weight[i]>``: of ``[P, out, in]`` and ``[E, out, in]`` to ``[P, E]``."""
+    # Row by row of the matrices: one product with rows of out x in numbers takes twice as long.
+    return torch.bmm(merged.transpose(0, 1), weight.permute(1, 2, 0)).sum(0)
+
+
+def _merged(mix: Tensor, weight: Tensor) -> Tensor:
+    """``[P, out, in]`` of ``mix [P, E]`` and ``weight [E, out, in]``."""
+    return (mix @ weight.flatten(1)).unflatten(1, weight.shape[1:])
 
 
 def _products(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
@@ -152,14 +156,15 @@ def _products(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
     return result
 
 
-def _outer_products(grad: Tensor, rows: Tensor, counts: list[int], out: Tensor) -> Tensor:
-    """``[P, out, in]``, written to ``out``: the gradients of the matrices of :func:`_products`."""
+def _outer_products(grad: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
+    """``[P, out, in]``: the gradients of the matrices of :func:`_products`."""
     if _are_equal(counts):
         grad, rows = (t.unflatten(0, (len(counts), -1)) for t in (grad, rows))
-        return torch.bmm(grad.transpose(1, 2), rows, out=out)
-    for incoming, part, matrix in zip(grad.split(counts), rows.split(counts), out, strict=True):
+        return torch.bmm(grad.transpose(1, 2), rows)
+    result = rows.new_empty(len(counts), grad.shape[1], rows.shape[1])
+    for incoming, part, matrix in zip(grad.split(counts), rows.split(counts), result, strict=True):
         torch.mm(incoming.t(), part, out=matrix)
-    return out
+    return result
 
 
 def _are_equal(counts: list[int]) -> bool:
@@ -173,24 +178,3 @@ def _blocks(weight: Tensor, pieces: int) -> list[slice]:
     most = max(32, budget // (pieces * width))
     step = math.ceil(features / math.ceil(features / most))
     return [slice(start, min(start + step, features)) for start in range(0, features, step)]
-
-
-class _Scratch(threading.local):
-    """Memory that stays: on a CPU the page faults of a fresh buffer cost more than what is written to it."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, Tensor] = {}
-
-
-_kept = _Scratch()
-
-
-def _scratch(weight: Tensor, pieces: int) -> Tensor:
-    """An uninitialised ``[pieces, out, in]`` for ``weight [E, out, in]``, valid until the next one is asked for."""
-    shape = (pieces, *weight.shape[1:])
-    numbers = math.prod(shape)
-    if weight.device.type != "cpu" or numbers > _CPU_NUMBERS:
-        return weight.new_empty(shape)
-    if weight.dtype not in _kept.buffers:
-        _kept.buffers[weight.dtype] = weight.new_empty(_CPU_NUMBERS)
-    return _kept.buffers[weight.dtype][:numbers].view(shape)

@@ -281,8 +281,8 @@ def test_what_cannot_be_split_is_refused_by_name() -> None:
 
 
 def test_what_writes_to_the_residual_starts_small() -> None:
-    module = KANConfig(hidden_dim=64).build(64, Init(0.5, 0.01))
+    module = KANConfig(hidden_dim=64).build(64, Init(0.5, 0.08))
     initialise(module, 0)
-    for part, std in ((module.up, 0.5), (module.down, 0.01)):
-        for weight in part.parameters():
-            assert float(weight.detach().std()) == pytest.approx(std, rel=0.1)
+    layers = module.up.base, module.up.spline, module.down.base, module.down.spline
+    for layer, std in zip(layers, (0.5, 0.5, 0.08, 0.01), strict=True):
+        assert float(layer.weight.detach().std()) == pytest.approx(std, rel=0.1)

@@ -25,6 +25,7 @@ from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, Dec
 from lightbulb.nn.activation import swiglu
 from lightbulb.nn.groups import enter_tensor_region, exit_tensor_region, share_in_tensor_region, tensor_axis
 from lightbulb.nn.merged import MergedLinear
+from lightbulb.nn.merged_swiglu import merged_swiglu
 from lightbulb.nn.parameter import Init, Logical, make_parameter
 from lightbulb.registry import register
 from lightbulb.routing.segments import NOWHERE, Pieces, fill, find_pieces, sum_pieces
@@ -104,10 +105,16 @@ class Lory(ChannelMixer):
             )
             mixed, state = self.down.multiply_merged(hidden, state["down"], shares), state | routing
         else:
-            hidden = swiglu(self.gate(rows, shares, pieces.counts), self.up(rows, shares, pieces.counts))
-            mixed = self.down(hidden, shares, pieces.counts)
+            mixed = self._merged(rows, shares, pieces.counts)
             state = None if state is None else routing | self._merge(routing["shares"])
         return exit_tensor_region(mixed.view_as(x).transpose(0, 1), self.axis), state
+
+    def _merged(self, rows: Tensor, shares: Tensor, counts: list[int]) -> Tensor:
+        parts = (self.gate, self.up, self.down)
+        if all(part.is_plain for part in parts):
+            return merged_swiglu(rows, shares, (self.gate.weight, self.up.weight, self.down.weight), counts)
+        hidden = swiglu(self.gate(rows, shares, counts), self.up(rows, shares, counts))
+        return self.down(hidden, shares, counts)
 
     def init_state(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> DecodeState:
         known = self._nothing_known(batch_size, device, dtype)
