@@ -1,12 +1,12 @@
 """Products with a weighted mean of expert matrices, one mean for each piece of a sequence.
 
 Merging in parameter space (SMEAR, Muqeeth et al. 2023, arXiv:2306.03745; Lory, Zhong et al. 2024, arXiv:2405.03133):
-``y = x (sum_i e_i W_i)^T``. With P pieces the merged matrices are P times the size of a dense layer's, so they exist for
-some output features at a time, small enough to stay in cache, and are merged again in the backward:
-``dL/dW_i = sum_p e_pi G_p`` and ``dL/de_pi = <G_p, W_i>``, where ``G_p`` is the gradient of the merged matrix.
+``y = x (sum_i e_i W_i)^T``. With P pieces the merged matrices are P times the size of a dense layer's, so they exist
+for some output features at a time, and are merged again in the backward. There, with ``G_p`` the gradient of a merged
+matrix, ``dL/dW_i = sum_p e_pi G_p`` and ``dL/de_pi = <G_p, W_i>``.
 """
 
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import torch
@@ -20,27 +20,24 @@ from lightbulb.nn.parameter import Logical, make_parameter
 from lightbulb.nn.precision import product_dtype
 from lightbulb.nn.recompute import recompute
 
-Places = list[tuple[int, slice]]
-"""The sample and the positions of each piece; together every token once, sample by sample, in order of position."""
-
-_CPU_NUMBERS = 2**19  # of merged matrices and their gradients at a time
+_CPU_NUMBERS = 2**23  # of merged matrices at a time
 _GPU_NUMBERS = 2**27
 _QUANTIZED_PIECES = 8  # whose merged matrices exist at a time
 
 
-def merged_linear(x: Tensor, shares: Tensor, weight: Tensor, places: Places) -> Tensor:
-    """``y[t] = (sum_i shares[p, i] weight[i]) @ x[t]`` for the tokens t of each piece p.
+def merged_linear(rows: Tensor, shares: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    """``y[r] = (sum_i shares[p, i] weight[i]) @ rows[r]`` with p the piece of r.
 
     Args:
-        x: ``[length, batch, in]``.
+        rows: ``[R, in]``, piece after piece.
         shares: ``[P, E]``.
         weight: ``[E, out, in]``.
-        places: of the P pieces.
+        counts: rows of each piece, none of them zero; the sum is R.
 
     Returns:
-        ``[length, batch, out]``.
+        ``[R, out]``.
     """
-    return _MergedLinear.apply(x, shares, weight, places)
+    return _MergedLinear.apply(rows, shares, weight, counts)
 
 
 class MergedLinear(SplitLinear):
@@ -70,91 +67,114 @@ class MergedLinear(SplitLinear):
         shape = (num_experts, out_features, in_features)
         self.weight = make_parameter(Logical(shape, std, tensor_dim=2 if has_split_input else 1, tensor=axis))
 
-    def forward(self, x: Tensor, shares: Tensor, places: Places) -> Tensor:
+    def forward(self, rows: Tensor, shares: Tensor, counts: list[int]) -> Tensor:
         """As :func:`merged_linear`, local parts, leaving no tensor region."""
         if self.quantizer is None:
-            product = merged_linear(x, shares, self.weight, places)
+            product = merged_linear(rows, shares, self.weight, counts)
         else:
-            product = self._quantized_product(self.quantizer.input(x), shares, places)
-        return product if self.adapter is None else product + self._adapted(x, shares, places)
+            product = self._quantized_product(self.quantizer.input(rows), shares, counts)
+        return product if self.adapter is None else product + self._adapted(rows, shares, counts)
 
     def merge(self, shares: Tensor) -> Tensor:
         """``shares [P, E]`` to ``[P, out, in]``, as they are to be multiplied."""
-        merged = (shares.to(self.weight.dtype) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
+        merged = _merged(shares.to(self.weight.dtype), self.weight)
         return merged if self.quantizer is None else self.quantizer.matrix(merged)
 
-    def multiply_merged(self, x: Tensor, merged: Tensor, shares: Tensor) -> Tensor:
-        """The product when each sample is one piece, whose matrix is known: ``merged [batch, out, in]``."""
-        inputs = x if self.quantizer is None else self.quantizer.input(x)
-        product = torch.bmm(inputs.transpose(0, 1), merged.transpose(1, 2)).transpose(0, 1)
-        places = [(sample, slice(0, len(x))) for sample in range(x.shape[1])]
-        return product if self.adapter is None else product + self._adapted(x, shares, places)
+    def multiply_merged(self, rows: Tensor, merged: Tensor, shares: Tensor) -> Tensor:
+        """The product where the merged matrices ``[P, out, in]`` are known and all pieces have equally many rows."""
+        counts = [len(rows) // len(merged)] * len(merged)
+        product = _products(rows if self.quantizer is None else self.quantizer.input(rows), merged, counts)
+        return product if self.adapter is None else product + self._adapted(rows, shares, counts)
 
-    def _quantized_product(self, x: Tensor, shares: Tensor, places: Places) -> Tensor:
+    def _quantized_product(self, rows: Tensor, shares: Tensor, counts: list[int]) -> Tensor:
         """Some pieces at a time; their merged matrices are not kept."""
 
         def products(shares: Tensor, *parts: Tensor) -> Tensor:
             return torch.cat([linear(part, matrix) for part, matrix in zip(parts, self.merge(shares), strict=True)])
 
-        parts = [x[where, sample] for sample, where in places]
+        parts = rows.split(counts)
         chunks = [slice(i, i + _QUANTIZED_PIECES) for i in range(0, len(parts), _QUANTIZED_PIECES)]
-        rows = [recompute(products, shares[chunk], *parts[chunk]) for chunk in chunks]
-        return torch.cat(rows).view(x.shape[1], x.shape[0], -1).transpose(0, 1)
+        return torch.cat([recompute(products, shares[chunk], *parts[chunk]) for chunk in chunks])
 
-    def _adapted(self, x: Tensor, shares: Tensor, places: Places) -> Tensor:
-        """Each expert's adapter on all tokens, weighted as its matrix is."""
+    def _adapted(self, rows: Tensor, shares: Tensor, counts: list[int]) -> Tensor:
+        """Each expert's adapter on all rows, weighted as its matrix is."""
         assert self.adapter is not None
-        rows = x.transpose(0, 1).flatten(0, 1)
-        every = self.adapter(rows.repeat(len(self.weight), 1), [len(rows)] * len(self.weight))
-        lengths = torch.tensor([where.stop - where.start for _, where in places], device=x.device)
-        weights = shares.to(x.dtype).repeat_interleave(lengths, dim=0)
-        mixed = torch.einsum("re,ero->ro", weights, every.view(len(self.weight), len(rows), -1))
-        return mixed.view(x.shape[1], x.shape[0], -1).transpose(0, 1)
+        experts = len(self.weight)
+        each = self.adapter(rows.repeat(experts, 1), [len(rows)] * experts).view(experts, len(rows), -1)
+        weights = shares.to(rows.dtype).repeat_interleave(torch.tensor(counts, device=rows.device), dim=0)
+        return torch.einsum("re,ero->ro", weights, each)
 
 
 class _MergedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shares: Tensor, weight: Tensor, places: Places) -> Tensor:
-        ctx.save_for_backward(x, shares, weight)
-        ctx.places = places
-        dtype = product_dtype(x)
-        inputs, mix = x.to(dtype), shares.to(dtype)
-        result = inputs.new_empty(*x.shape[:2], weight.shape[1])
-        for part in _blocks(weight, len(shares)):
-            merged = (mix @ _flat(weight, part).to(dtype)).unflatten(1, (-1, weight.shape[2]))
-            for (sample, where), matrix in zip(places, merged, strict=True):
-                torch.mm(inputs[where, sample], matrix.t(), out=result[where, sample, part])
-        return result.to(x.dtype)
+    def forward(ctx: Any, rows: Tensor, shares: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(rows, shares, weight)
+        ctx.counts = counts
+        dtype = product_dtype(rows)
+        inputs, mix = rows.to(dtype), shares.to(dtype)
+        parts = []
+        for part in _blocks(weight, len(mix)):
+            parts.append(_products(inputs, _merged(mix, weight[:, part].to(dtype)), counts))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(rows.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, shares, weight = ctx.saved_tensors
-        dtype = product_dtype(x)
-        inputs, mix, grad = x.to(dtype), shares.to(dtype), grad.to(dtype)
-        grad_x = torch.zeros_like(inputs)
-        grad_mix, grad_weight = torch.zeros_like(mix), torch.empty_like(weight, dtype=dtype)
-        for part in _blocks(weight, len(shares)):
-            theta = _flat(weight, part).to(dtype)
-            merged = (mix @ theta).unflatten(1, (-1, weight.shape[2]))
-            grad_merged = torch.empty_like(merged)
-            for (sample, where), matrix, grad_matrix in zip(ctx.places, merged, grad_merged, strict=True):
-                incoming = grad[where, sample, part]
-                grad_x[where, sample].addmm_(incoming, matrix)
-                torch.mm(incoming.t(), inputs[where, sample], out=grad_matrix)
-            torch.mm(mix.t(), grad_merged.flatten(1), out=_flat(grad_weight, part))
-            grad_mix.addmm_(grad_merged.flatten(1), theta.t())
-        return grad_x.to(x.dtype), grad_mix.to(shares.dtype), grad_weight.to(weight.dtype), None
+        rows, shares, weight = ctx.saved_tensors
+        dtype, counts = product_dtype(rows), ctx.counts
+        inputs, mix, grad = rows.to(dtype), shares.to(dtype), grad.to(dtype).contiguous()
+        grad_rows, grad_mix = torch.zeros((), dtype=dtype), torch.zeros_like(mix)
+        grad_weight = torch.empty_like(weight, dtype=dtype)
+        for part in _blocks(weight, len(mix)):
+            theta, incoming = weight[:, part].to(dtype), grad[:, part]
+            grad_part = _products(incoming, _merged(mix, theta).transpose(1, 2), counts)
+            grad_rows = grad_part if part.start == 0 else grad_rows.add_(grad_part)
+            grad_merged = _outer_products(incoming, inputs, counts)
+            torch.mm(mix.t(), grad_merged.flatten(1), out=grad_weight[:, part].flatten(1))
+            grad_mix += inner_products(grad_merged, theta)
+        return grad_rows.to(rows.dtype), grad_mix.to(shares.dtype), grad_weight.to(weight.dtype), None
 
 
-def _flat(weight: Tensor, part: slice) -> Tensor:
-    """Some output features of every expert: a view ``[E, part x in]``."""
-    return weight[:, part].flatten(1)
+def inner_products(merged: Tensor, weight: Tensor) -> Tensor:
+    """``<merged[p], weight[i]>``: of ``[P, out, in]`` and ``[E, out, in]`` to ``[P, E]``."""
+    # Row by row of the matrices: one product with rows of out x in numbers takes twice as long.
+    return torch.bmm(merged.transpose(0, 1), weight.permute(1, 2, 0)).sum(0)
 
 
-def _blocks(weight: Tensor, pieces: int) -> Iterator[slice]:
-    """Slices of the output features whose merged matrices and gradients fit the budget."""
+def _merged(mix: Tensor, weight: Tensor) -> Tensor:
+    """``[P, out, in]`` of ``mix [P, E]`` and ``weight [E, out, in]``."""
+    return (mix @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+
+
+def _products(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
+    """``y[r] = matrices[p] @ rows[r]``."""
+    if _are_equal(counts):
+        return torch.bmm(rows.unflatten(0, (len(counts), -1)), matrices.transpose(1, 2)).flatten(0, 1)
+    result = rows.new_empty(len(rows), matrices.shape[1])
+    for part, matrix, result_part in zip(rows.split(counts), matrices, result.split(counts), strict=True):
+        torch.mm(part, matrix.t(), out=result_part)
+    return result
+
+
+def _outer_products(grad: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
+    """``[P, out, in]``: the gradients of the matrices of :func:`_products`."""
+    if _are_equal(counts):
+        grad, rows = (t.unflatten(0, (len(counts), -1)) for t in (grad, rows))
+        return torch.bmm(grad.transpose(1, 2), rows)
+    result = rows.new_empty(len(counts), grad.shape[1], rows.shape[1])
+    for incoming, part, matrix in zip(grad.split(counts), rows.split(counts), result, strict=True):
+        torch.mm(incoming.t(), part, out=matrix)
+    return result
+
+
+def _are_equal(counts: list[int]) -> bool:
+    return counts.count(counts[0]) == len(counts)
+
+
+def _blocks(weight: Tensor, pieces: int) -> list[slice]:
+    """Slices of the output features of ``weight [E, out, in]``, about equal, whose merged matrices fit the budget."""
     _, features, width = weight.shape
     budget = _CPU_NUMBERS if weight.device.type == "cpu" else _GPU_NUMBERS
-    step = max(64, budget // (2 * pieces * width))
-    return (slice(start, min(start + step, features)) for start in range(0, features, step))
+    most = max(32, budget // (pieces * width))
+    step = math.ceil(features / math.ceil(features / most))
+    return [slice(start, min(start + step, features)) for start in range(0, features, step)]

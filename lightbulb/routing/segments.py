@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightbulb.nn.merged import Places
-
 NOWHERE = -2
 """The segment before any token: no segment follows it."""
 
@@ -16,8 +14,8 @@ class Pieces:
     """Runs of tokens of one sample, one segment and one document, in order of sample, then of position.
 
     Attributes:
-        places: sample and positions of each piece.
-        index: ``[length, batch]``, the piece of each token.
+        counts: tokens of each piece.
+        index: ``[batch, length]``, the piece of each token.
         sample: ``[P]``.
         segment: ``[P]``.
         leads: ``[P]`` bool: the first piece of its sample.
@@ -26,7 +24,7 @@ class Pieces:
             the segment before.
     """
 
-    places: Places
+    counts: list[int]
     index: Tensor
     sample: Tensor
     segment: Tensor
@@ -39,21 +37,22 @@ def find_pieces(segment: Tensor, document: Tensor | None, before: Tensor) -> Pie
     """Cut where segment or document change.
 
     Args:
-        segment: of each token, ``[length, batch]``.
-        document: of each token, ``[length, batch]``, or None.
+        segment: of each token, ``[batch, length]``.
+        document: of each token, ``[batch, length]``, or None.
         before: ``[batch]``, the segment where earlier tokens ended, or NOWHERE.
     """
     document = torch.zeros_like(segment) if document is None else document
     starts = torch.ones_like(segment, dtype=torch.bool)
-    starts[1:] = (segment[1:] != segment[:-1]) | (document[1:] != document[:-1])
-    sample, start = starts.t().nonzero().unbind(1)
-    segment, document = segment[start, sample], document[start, sample]
+    starts[:, 1:] = (segment[:, 1:] != segment[:, :-1]) | (document[:, 1:] != document[:, :-1])
+    sample, start = starts.nonzero().unbind(1)
+    ends = [*starts.flatten().nonzero()[1:, 0].tolist(), starts.numel()]
+    segment, document = segment[sample, start], document[sample, start]
     leads = start == 0
     previous = torch.where(leads, before[sample], segment.roll(1))
     same = leads | (document == document.roll(1))
     return Pieces(
-        places=_places(sample.tolist(), start.tolist(), len(starts)),
-        index=starts.t().flatten().cumsum(0).sub_(1).view(starts.shape[1], -1).t(),
+        counts=[end - begin for begin, end in zip([0, *ends], ends, strict=False)],
+        index=starts.flatten().cumsum(0).sub_(1).view_as(starts),
         sample=sample,
         segment=segment,
         leads=leads,
@@ -63,13 +62,15 @@ def find_pieces(segment: Tensor, document: Tensor | None, before: Tensor) -> Pie
 
 
 def fill(values: Tensor, present: Tensor, before: Tensor) -> Tensor:
-    """``values [length, batch]`` with those of fillers (``present`` false) replaced by the last present token's, or by
+    """``values [batch, length]`` with those of fillers (``present`` false) replaced by the last present token's, or by
     ``before [batch]``."""
-    rows = torch.arange(1, len(values) + 1, device=values.device)[:, None]
-    last = torch.where(present, rows, 0).cummax(0).values
-    return torch.cat((before[None], values)).gather(0, last)
+    columns = torch.arange(1, values.shape[1] + 1, device=values.device)
+    last = torch.where(present, columns, 0).cummax(1).values
+    return torch.cat((before[:, None], values), 1).gather(1, last)
 
 
-def _places(samples: list[int], starts: list[int], length: int) -> Places:
-    ends = [*starts[1:], 0]
-    return [(b, slice(start, end or length)) for b, start, end in zip(samples, starts, ends, strict=True)]
+def sum_pieces(rows: Tensor, counts: list[int]) -> Tensor:
+    """``[R, ...]`` to ``[P, ...]``: the sum of each piece's rows."""
+    if counts.count(counts[0]) == len(counts):
+        return rows.unflatten(0, (len(counts), -1)).sum(1)
+    return torch.stack([part.sum(0) for part in rows.split(counts)])

@@ -82,7 +82,10 @@ class _Edges(nn.Module):
         axis = tensor_axis()
         self.norm_axis = axis if has_split_input else SINGLE
         self.base = (RowParallelLinear if has_split_input else ColumnParallelLinear)(in_features, out_features, std)
-        self.spline = SplineLinear(in_features, out_features, basis, std, axis, has_split_input)
+        # What writes to the residual stream starts as a nearly smooth function: bases are narrow, so that their slopes
+        # are large, and those of all layers multiply.
+        spline_std = std / basis.count if has_split_input else std
+        self.spline = SplineLinear(in_features, out_features, basis, spline_std, axis, has_split_input)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``, local parts."""

@@ -25,9 +25,10 @@ from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, Dec
 from lightbulb.nn.activation import swiglu
 from lightbulb.nn.groups import enter_tensor_region, exit_tensor_region, share_in_tensor_region, tensor_axis
 from lightbulb.nn.merged import MergedLinear
+from lightbulb.nn.merged_swiglu import merged_swiglu
 from lightbulb.nn.parameter import Init, Logical, make_parameter
 from lightbulb.registry import register
-from lightbulb.routing.segments import NOWHERE, Pieces, fill, find_pieces
+from lightbulb.routing.segments import NOWHERE, Pieces, fill, find_pieces, sum_pieces
 
 
 @register("channel_mixer", "lory")
@@ -93,18 +94,27 @@ class Lory(ChannelMixer):
     def forward(
         self, x: Tensor, context: Context, state: DecodeState | None = None
     ) -> tuple[Tensor, DecodeState | None]:
-        x = enter_tensor_region(x, self.axis)
-        known = self._nothing_known(x.shape[1], x.device, x.dtype) if state is None else state
-        pieces = self._pieces(context, x.shape[1], known["segment"])
-        shares, routing = self._route(x, pieces, context.present, known)
-        if state is not None and bool(pieces.continues.all()) and len(shares) == x.shape[1]:
-            hidden = swiglu(*(getattr(self, n).multiply_merged(x, state[n], shares) for n in ("gate", "up")))
+        x = enter_tensor_region(x, self.axis).transpose(0, 1)
+        known = self._nothing_known(len(x), x.device, x.dtype) if state is None else state
+        pieces = self._pieces(context, len(x), known["segment"])
+        rows = x.reshape(-1, x.shape[-1])
+        shares, routing = self._route(rows, pieces, context.present, known)
+        if state is not None and len(shares) == len(x) and bool(pieces.continues.all()):
+            hidden = swiglu(
+                *(getattr(self, name).multiply_merged(rows, state[name], shares) for name in ("gate", "up"))
+            )
             mixed, state = self.down.multiply_merged(hidden, state["down"], shares), state | routing
         else:
-            hidden = swiglu(self.gate(x, shares, pieces.places), self.up(x, shares, pieces.places))
-            mixed = self.down(hidden, shares, pieces.places)
+            mixed = self._merged(rows, shares, pieces.counts)
             state = None if state is None else routing | self._merge(routing["shares"])
-        return exit_tensor_region(mixed, self.axis), state
+        return exit_tensor_region(mixed.view_as(x).transpose(0, 1), self.axis), state
+
+    def _merged(self, rows: Tensor, shares: Tensor, counts: list[int]) -> Tensor:
+        parts = (self.gate, self.up, self.down)
+        if all(part.is_plain for part in parts):
+            return merged_swiglu(rows, shares, (self.gate.weight, self.up.weight, self.down.weight), counts)
+        hidden = swiglu(self.gate(rows, shares, counts), self.up(rows, shares, counts))
+        return self.down(hidden, shares, counts)
 
     def init_state(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> DecodeState:
         known = self._nothing_known(batch_size, device, dtype)
@@ -127,20 +137,20 @@ class Lory(ChannelMixer):
         return {name: getattr(self, name).merge(shares) for name in ("gate", "up", "down")}
 
     def _pieces(self, context: Context, batch: int, before: Tensor) -> Pieces:
-        segment = context.positions // self.config.segment_length
-        segment = segment[:, None].expand(-1, batch) if segment.dim() == 1 else segment
-        document = None if context.document_ids is None else context.document_ids.t()
+        segment = context.positions.t() // self.config.segment_length
+        segment = segment.expand(batch, -1)
+        document = context.document_ids
         if context.present is not None:
-            present = context.present.t()
-            segment = fill(segment, present, before)
-            document = None if document is None else fill(document, present, torch.full_like(before, NOWHERE))
+            segment = fill(segment, context.present, before)
+            nothing = torch.full_like(before, NOWHERE)
+            document = None if document is None else fill(document, context.present, nothing)
         return find_pieces(segment, document, before)
 
     def _route(
-        self, x: Tensor, pieces: Pieces, present: Tensor | None, known: DecodeState
+        self, rows: Tensor, pieces: Pieces, present: Tensor | None, known: DecodeState
     ) -> tuple[Tensor, DecodeState]:
         """Shares ``[P, E]`` of each piece, and what later tokens need to know."""
-        sums, counts = _sums(x, pieces, present, known)
+        sums, counts = _sums(rows, pieces, present, known)
         means = sums / counts.clamp(min=1.0)[:, None]
         before = (known["sum"] / known["count"].clamp(min=1.0)[:, None])[pieces.sample]
         before = torch.where(pieces.leads[:, None], before, means.roll(1, 0))
@@ -152,18 +162,18 @@ class Lory(ChannelMixer):
         first = torch.full_like(shares, 1.0 / shares.shape[1]) if uniform else shares.detach()
         shares = torch.where(follows, shares, first)
         shares = torch.where(continues, known["shares"][pieces.sample].to(shares.dtype), shares)
-        last = pieces.index[-1]
+        last = pieces.index[:, -1]
         after = {"segment": pieces.segment[last], "shares": shares[last], "sum": sums[last], "count": counts[last]}
         return shares, after
 
 
-def _sums(x: Tensor, pieces: Pieces, present: Tensor | None, known: DecodeState) -> tuple[Tensor, Tensor]:
+def _sums(rows: Tensor, pieces: Pieces, present: Tensor | None, known: DecodeState) -> tuple[Tensor, Tensor]:
     """Sum ``[P, dim]`` and count ``[P]`` of the inputs of each piece, with what is known of a piece that continues."""
-    tokens, index = x.to(known["sum"].dtype).flatten(0, 1), pieces.index.flatten()
-    weight = torch.ones_like(tokens[:, 0])
+    tokens, weight = rows.to(known["sum"].dtype), torch.ones_like(rows[:, 0], dtype=known["sum"].dtype)
     if present is not None:
-        weight = present.t().flatten().to(tokens.dtype)
+        weight = present.flatten().to(tokens.dtype)
         tokens = tokens * weight[:, None]
     continues = pieces.continues.to(tokens.dtype)
-    sums = (known["sum"][pieces.sample] * continues[:, None]).index_add(0, index, tokens)
-    return sums, (known["count"][pieces.sample] * continues).index_add(0, index, weight)
+    sums = known["sum"][pieces.sample] * continues[:, None] + sum_pieces(tokens, pieces.counts)
+    counts = known["count"][pieces.sample] * continues + sum_pieces(weight, pieces.counts)
+    return sums, counts
