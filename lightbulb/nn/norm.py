@@ -26,10 +26,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Normalise ``x [..., dim]``."""
-        weight = self.weight if weight is None else weight
-        if x.device.type == "cpu":
-            return _RMSNorm.apply(x, weight, self.eps)
-        return rms_norm(x, self.weight.shape, weight, self.eps)
+        return weighted_rms(x, self.weight if weight is None else weight, self.eps)
 
 
 class SplitRMSNorm(nn.Module):
@@ -42,15 +39,21 @@ class SplitRMSNorm(nn.Module):
     def __init__(self, dim: int, groups: int, eps: float):
         super().__init__()
         self.axis = tensor_axis()
+        self.local_groups, rest = divmod(groups, self.axis.size)
+        if groups > 1 and rest:
+            raise ValueError(
+                f"{groups} groups cannot be split over {self.axis.size} ranks; choose a divisor of {groups}"
+            )
         self.dim = dim
-        self.groups = groups
         self.eps = eps
         self.weight = make_parameter(Logical((dim,), None, tensor_dim=0, tensor=self.axis))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x [..., dim / ranks]`` inside the tensor region."""
-        if self.groups % self.axis.size == 0:
-            return unit_rms(x.unflatten(-1, (self.groups // self.axis.size, -1)), self.eps).flatten(-2) * self.weight
+        if self.local_groups == 1:
+            return weighted_rms(x, self.weight, self.eps)
+        if self.local_groups:
+            return unit_rms(x.unflatten(-1, (self.local_groups, -1)), self.eps).flatten(-2) * self.weight
         wide = _wide(x)
         mean = sum_over(wide.square().sum(-1, keepdim=True), self.axis) / self.dim
         return (wide * (mean + self.eps).rsqrt()).to(x.dtype) * self.weight
@@ -58,9 +61,14 @@ class SplitRMSNorm(nn.Module):
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps)`` over the last dimension, statistics in float32."""
+    return weighted_rms(x, x.new_ones(x.shape[-1]), eps)
+
+
+def weighted_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, statistics in float32."""
     if x.device.type == "cpu":
-        return _RMSNorm.apply(x, x.new_ones(x.shape[-1]), eps)
-    return rms_norm(x, x.shape[-1:], None, eps)
+        return _RMSNorm.apply(x, weight, eps)
+    return rms_norm(x, weight.shape, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -286,19 +286,25 @@ def _against(rows: Tensor, states: Tensor) -> Tensor:
 def _scan(state: Tensor, written: Tensor, across: Tensor) -> tuple[Tensor, Tensor]:
     """The states before each chunk ``[batch, G, n, state, h, width]``, and the one after the last."""
     entering = torch.empty_like(written)
-    for chunk in range(written.shape[2]):
-        entering[:, :, chunk] = state
-        state = torch.addcmul(written[:, :, chunk], entering[:, :, chunk], across[:, :, chunk % across.shape[2]])
-    return entering, state
+    entering[:, :, 0] = state
+    for chunk in range(1, written.shape[2]):
+        _advance(written, entering, across, chunk - 1, entering[:, :, chunk])
+    return entering, _advance(written, entering, across, written.shape[2] - 1, torch.empty_like(state))
 
 
 def _scan_back(grad: Tensor, d_entering: Tensor, across: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of what each chunk writes, and of the first state."""
     d_written = torch.empty_like(d_entering)
-    for chunk in reversed(range(d_entering.shape[2])):
-        d_written[:, :, chunk] = grad
-        grad = torch.addcmul(d_entering[:, :, chunk], d_written[:, :, chunk], across[:, :, chunk % across.shape[2]])
-    return d_written, grad
+    d_written[:, :, -1] = grad
+    for chunk in reversed(range(1, d_entering.shape[2])):
+        _advance(d_entering, d_written, across, chunk, d_written[:, :, chunk - 1])
+    return d_written, _advance(d_entering, d_written, across, 0, torch.empty_like(grad))
+
+
+def _advance(added: Tensor, states: Tensor, across: Tensor, chunk: int, out: Tensor) -> Tensor:
+    """One chunk's state, faded, plus what is added."""
+    fade = across[:, :, chunk % across.shape[2]]
+    return torch.addcmul(added[:, :, chunk], states[:, :, chunk], fade, out=out)
 
 
 def _decay_gradient(pairs: Tensor, read: Tensor, written: Tensor, along: Tensor) -> Tensor:

@@ -47,20 +47,21 @@ class ShortConv(nn.Module):
     def __init__(self, features: int, width: int, is_split: bool):
         super().__init__()
         self.axis = tensor_axis()
-        split = {"tensor_dim": 0, "tensor": self.axis} if is_split else {}
-        fill = uniform(width**-0.5)
-        self.weight = make_parameter(Logical((features, width), None, fill=fill, **split))
-        self.bias = make_parameter(Logical((features,), None, fill=fill, **split))
         self.is_split = is_split
+        dim, axis = (0, self.axis) if is_split else (None, SINGLE)
+        fill = uniform(width**-0.5)
+        self.weight = make_parameter(Logical((features, width), None, tensor_dim=dim, tensor=axis, fill=fill))
+        self.bias = make_parameter(Logical((features,), None, tensor_dim=dim, tensor=axis, fill=fill))
 
     def forward(
         self, x: Tensor, ulysses: Axis = SINGLE, starts: Tensor | None = None, window: Tensor | None = None
     ) -> Tensor:
         """``x [length, batch, features]`` inside the tensor region, of this rank's heads on the axis ``ulysses``."""
-        weight, bias = self.weight, self.bias
+        parameters: list[Tensor] = [self.weight, self.bias]
         if not self.is_split:
-            weight, bias = share_in_tensor_region(weight, self.axis), share_in_tensor_region(bias, self.axis)
-        return causal_conv(x, my_heads(weight, ulysses), my_heads(bias, ulysses), starts, window)
+            parameters = [share_in_tensor_region(parameter, self.axis) for parameter in parameters]
+        weight, bias = (my_heads(parameter, ulysses) for parameter in parameters)
+        return causal_conv(x, weight, bias, starts, window)
 
 
 def next_window(x: Tensor, window: Tensor) -> Tensor:

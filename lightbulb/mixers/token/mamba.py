@@ -11,6 +11,7 @@ squares over them, so that every layout computes the same function.
 """
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -31,6 +32,9 @@ from lightbulb.nn.recurrence import chunk_flops, chunkwise, document_starts, rec
 from lightbulb.nn.short_conv import ShortConv, next_window
 from lightbulb.nn.ulysses import gather_heads, gather_length, my_heads, scatter_heads
 from lightbulb.registry import register
+
+WINDOWS = ("value", "key", "query")
+"""What a decode state keeps of the convolutions' last inputs."""
 
 
 @register("token_mixer", "mamba")
@@ -186,10 +190,10 @@ class Scan(nn.Module):
         self.value_conv = ShortConv(heads * config.head_dim, config.conv_width, is_split=True)
         self.key_conv = ShortConv(keys, config.conv_width, self.has_split_groups)
         self.query_conv = ShortConv(keys, config.conv_width, self.has_split_groups)
-        split = {"tensor_dim": 0, "tensor": self.axis, "keep_fp32": True}
-        self.log_rate = make_parameter(Logical((heads,), None, fill=config.log_rates, **split))
-        self.step_bias = make_parameter(Logical((heads,), None, fill=config.step_biases, **split))
-        self.skip = make_parameter(Logical((heads,), None, **split))
+        per_head = Logical((heads,), None, tensor_dim=0, tensor=self.axis, keep_fp32=True)
+        self.log_rate = make_parameter(replace(per_head, fill=config.log_rates))
+        self.step_bias = make_parameter(replace(per_head, fill=config.step_biases))
+        self.skip = make_parameter(per_head)
         self.local_heads = heads // self.axis.size
         self.local_groups = config.num_groups // self.axis.size if self.has_split_groups else 1
 
@@ -222,13 +226,13 @@ class Scan(nn.Module):
         """As a mixer's."""
         config = self.config
         keys, values = self.local_groups * config.state_dim, self.local_heads * config.head_dim
-        windows = {"value": values, "key": keys, "query": keys}
-        shapes = {name: (batch_size, config.conv_width - 1, width) for name, width in windows.items()}
-        memory = (batch_size, self.local_heads, config.state_dim, config.head_dim)
-        wide = state_dtype(dtype)
-        return {
-            name: torch.zeros(shape, device=device, dtype=wide) for name, shape in (shapes | {"memory": memory}).items()
+        shapes: dict[str, tuple[int, ...]] = {
+            name: (batch_size, config.conv_width - 1, width)
+            for name, width in zip(WINDOWS, (values, keys, keys), strict=True)
         }
+        shapes["memory"] = (batch_size, self.local_heads, config.state_dim, config.head_dim)
+        wide = state_dtype(dtype)
+        return {name: torch.zeros(shape, device=device, dtype=wide) for name, shape in shapes.items()}
 
     def _steering(self, dim: int, features: int, init: Init) -> SplitLinear:
         if self.has_split_groups:
@@ -249,30 +253,33 @@ class Scan(nn.Module):
     def _mix(
         self, inputs: list[Tensor], starts: Tensor | None, state: DecodeState | None
     ) -> tuple[Tensor, DecodeState | None]:
-        values, keys, queries, steps = inputs
-        raw = {"value": values.flatten(2), "key": keys.flatten(2), "query": queries.flatten(2)}
-        shared = SINGLE if self.local_groups == 1 else self.ulysses
-        convs = {"value": (self.value_conv, self.ulysses), "key": (self.key_conv, shared)}
-        convs["query"] = (self.query_conv, shared)
-        smooth = {
-            name: silu(conv(raw[name], axis, starts, None if state is None else state[name]))
-            for name, (conv, axis) in convs.items()
-        }
-        values = smooth["value"].view_as(values)
-        keys, queries = smooth["key"].view_as(keys), smooth["query"].view_as(queries)
+        *raw, steps = inputs
+        values, keys, queries = self._smooth(raw, starts, state)
         bias, log_rate, skip = (my_heads(p, self.ulysses) for p in (self.step_bias, self.log_rate, self.skip))
         steps, rates = softplus(steps.to(bias.dtype) + bias), -log_rate.exp()
         chunk_size = self.config.chunk_size
         if state is None and mamba_kernels.can_scan(values):
             return mamba_kernels.scan(values, steps, rates, keys, queries, skip, chunk_size, starts), None
-        written = (values * steps[..., None]).to(values.dtype)
-        heads = [t.permute(1, 2, 0, 3) for t in (queries, keys, written)]
+        query, key = (t.permute(1, 2, 0, 3) for t in (queries, keys))
+        written = (values * steps[..., None]).to(values.dtype).permute(1, 2, 0, 3)
         decay = (steps * rates).permute(1, 2, 0)
+        memory = None if state is None else state["memory"]
         if state is not None and len(values) == 1:
-            mixed, memory = recurrent(*heads, decay, state["memory"])
+            mixed, memory = recurrent(query, key, written, decay, memory)
         else:
-            mixed, memory = chunkwise(*heads, decay, chunk_size, None if state is None else state["memory"], starts)
+            mixed, memory = chunkwise(query, key, written, decay, chunk_size, memory, starts)
         mixed = (mixed.permute(2, 0, 1, 3) + skip[:, None] * values).to(values.dtype)
         if state is not None:
-            state = {name: next_window(raw[name], state[name]) for name in raw} | {"memory": memory}
+            windows = zip(WINDOWS, raw, strict=True)
+            state = {name: next_window(part.flatten(2), state[name]) for name, part in windows} | {"memory": memory}
         return mixed, state
+
+    def _smooth(self, raw: list[Tensor], starts: Tensor | None, state: DecodeState | None) -> list[Tensor]:
+        """Values, keys and queries ``[length, batch, heads or groups, width]`` behind their short convolutions."""
+        shared = SINGLE if self.local_groups == 1 else self.ulysses
+        convs = ((self.value_conv, self.ulysses), (self.key_conv, shared), (self.query_conv, shared))
+        windows = [None] * 3 if state is None else [state[name] for name in WINDOWS]
+        return [
+            silu(conv(part.flatten(2), axis, starts, window)).view_as(part)
+            for part, (conv, axis), window in zip(raw, convs, windows, strict=True)
+        ]
