@@ -51,8 +51,8 @@ class Sight:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Sight":
         """The same with every bound changed."""
-        bounds = (None if bound is None else change(bound) for bound in (self.near, self.sinks))
-        return Sight(change(self.start), change(self.stop), *bounds, self.stride)
+        near, sinks = (None if bound is None else change(bound) for bound in (self.near, self.sinks))
+        return Sight(change(self.start), change(self.stop), near, sinks, self.stride)
 
     def mask(self, keys: int, block_size: int) -> Tensor:
         """``[problems, queries, keys]`` bool: what is visible, pair by pair."""

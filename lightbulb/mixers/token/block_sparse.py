@@ -245,10 +245,13 @@ def _run(context: Context, core: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def _rotation(config: BlockSparseConfig, width: int) -> Tensor:
-    """``[num_heads, width, num_buckets / 2]``, a function of the seed alone."""
+    """``[num_heads, width, num_buckets / 2]``, a function of the seed alone: orthogonal directions as far as the width
+    allows, so that no bucket is much wider than another."""
     generator = torch.Generator().manual_seed(config.hash_seed)
-    shape = config.num_heads, width, (config.num_buckets or 0) // 2
-    return torch.randn(shape, generator=generator, device="cpu")
+    directions = (config.num_buckets or 0) // 2
+    turns = -(-directions // width)
+    drawn = torch.randn(config.num_heads, turns, width, width, generator=generator, device="cpu")
+    return torch.linalg.qr(drawn)[0].transpose(1, 2).flatten(2)[..., :directions]
 
 
 def _band(config: BlockSparseConfig, positions: Tensor, start: Tensor) -> Sight:
