@@ -109,8 +109,11 @@ class Rule:
         allowed = (
             query.order >= key.order if self.causal else torch.ones_like(query.order + key.order, dtype=torch.bool)
         )
-        if self.window is not None or self.max_distance is not None:
-            allowed = allowed & self._reaches(query, key)
+        if self.window is not None:
+            allowed = allowed & (self._apart(query, key) < self.window)
+        if self.max_distance is not None:
+            ages = key.positions if key.ages is None else key.ages
+            allowed = allowed & ((self._apart(query, key) < self.max_distance) | (ages < self.num_global))
         if query.documents is not None and key.documents is not None:
             allowed = allowed & (query.documents == key.documents)
         if query.closed is not None and key.opened is not None and key.closed is not None:
@@ -121,12 +124,9 @@ class Rule:
             allowed = allowed & key.present
         return allowed if query.present is None else allowed | ~query.present
 
-    def _reaches(self, query: Tokens, key: Tokens) -> Tensor:
+    def _apart(self, query: Tokens, key: Tokens) -> Tensor:
         distance = query.positions - key.positions
-        if self.max_distance is None:
-            return (distance if self.causal else distance.abs()) < self.window
-        ages = key.positions if key.ages is None else key.ages
-        return (distance < self.max_distance) | (ages < self.num_global)
+        return distance if self.causal else distance.abs()
 
 
 @dataclass(frozen=True)
