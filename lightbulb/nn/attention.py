@@ -95,11 +95,14 @@ class _BlockAttention(torch.autograd.Function):
         ctx.spans = _spans(length, causal, reach)
         blocks = []
         for rows, seen in ctx.spans:
-            scores = _scores(q[:, :, rows].flatten(1, 2), k[:, seen], sink, batch)
+            count = seen.stop - seen.start
+            scores = _products(q[:, :, rows].flatten(1, 2), k[:, seen], sink is not None)
             by_head = scores.view(batch, heads, rows.stop - rows.start, -1)
-            _hide(by_head[..., : seen.stop - seen.start], rows, seen, mask, causal)
+            if sink is not None:
+                by_head[..., count] = sink[:, None]
+            _hide(by_head[..., :count], rows, seen, mask, causal)
             torch.softmax(scores, dim=-1, out=scores)
-            mixed = scores[..., : seen.stop - seen.start] @ v[:, seen]
+            mixed = scores[..., :count] @ v[:, seen]
             result[:, :, rows] = mixed.view(batch, heads, rows.stop - rows.start, width)
             blocks.append(scores)
         ctx.save_for_backward(q, k, v, *blocks)
@@ -117,9 +120,7 @@ class _BlockAttention(torch.autograd.Function):
             rows = q[:, :, span].flatten(1, 2)
             incoming = _grouped(grad[:, :, span], len(q) // len(grad), q.dtype).flatten(1, 2)
             grad_v[:, seen].baddbmm_(weights[..., :count].transpose(1, 2), incoming)
-            grad_scores = torch.empty_like(weights)
-            torch.bmm(incoming, v[:, seen].transpose(1, 2), out=grad_scores[..., :count])
-            grad_scores[..., count:] = 0  # the sink's value
+            grad_scores = _products(incoming, v[:, seen], grad_sink is not None)
             torch.ops.aten._softmax_backward_data.out(grad_scores, weights, -1, q.dtype, grad_input=grad_scores)
             if grad_sink is not None:
                 grad_sink += grad_scores[..., -1].view(len(grad), len(grad_sink), -1).sum((0, 2))
@@ -142,14 +143,14 @@ def _spans(length: int, causal: bool, reach: int | None) -> list[tuple[slice, sl
     return spans
 
 
-def _scores(rows: Tensor, keys: Tensor, sink: Tensor | None, batch: int) -> Tensor:
-    """``[batch * kv_heads, rows, keys]``, with one more column for the sink if there is one."""
-    if sink is None:
+def _products(rows: Tensor, keys: Tensor, has_sink: bool) -> Tensor:
+    """``[batch * kv_heads, rows, keys]``; with one more column, of zeros, for a sink."""
+    if not has_sink:
         return rows @ keys.transpose(1, 2)
-    scores = rows.new_empty(len(rows), rows.shape[1], keys.shape[1] + 1)
-    torch.bmm(rows, keys.transpose(1, 2), out=scores[..., :-1])
-    scores.view(batch, len(sink), -1, scores.shape[2])[..., -1] = sink.detach()[:, None]
-    return scores
+    products = rows.new_empty(len(rows), rows.shape[1], keys.shape[1] + 1)
+    torch.bmm(rows, keys.transpose(1, 2), out=products[..., :-1])
+    products[..., -1] = 0
+    return products
 
 
 def _hide(scores: Tensor, rows: slice, seen: slice, mask: Tensor | Visibility | None, causal: bool) -> None:

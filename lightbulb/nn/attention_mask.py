@@ -81,7 +81,9 @@ class Rule:
     @property
     def reach(self) -> int | None:
         """Distance from which no key is seen, if there is one."""
-        return self.max_distance if self.window is None and not self.num_global else self.window
+        if self.max_distance is None:
+            return self.window
+        return None if self.num_global else self.max_distance
 
     def sees_all_of(self, length: int) -> bool:
         """Whether consecutive tokens this few see all (causal: all of the past) of each other."""
@@ -104,14 +106,14 @@ class Rule:
 
         A filler sees everything, so that no row of scores is empty; its result is to be set to zero.
         """
-        allowed = query.order >= key.order if self.causal else query.order == query.order
-        distance = query.positions - key.positions
-        distance = distance if self.causal else distance.abs()
+        allowed = (
+            query.order >= key.order if self.causal else torch.ones_like(query.order + key.order, dtype=torch.bool)
+        )
         if self.window is not None:
-            allowed = allowed & (distance < self.window)
+            allowed = allowed & (self._apart(query, key) < self.window)
         if self.max_distance is not None:
             ages = key.positions if key.ages is None else key.ages
-            allowed = allowed & ((distance < self.max_distance) | (ages < self.num_global))
+            allowed = allowed & ((self._apart(query, key) < self.max_distance) | (ages < self.num_global))
         if query.documents is not None and key.documents is not None:
             allowed = allowed & (query.documents == key.documents)
         if query.closed is not None and key.opened is not None and key.closed is not None:
@@ -121,6 +123,10 @@ class Rule:
         if key.present is not None:
             allowed = allowed & key.present
         return allowed if query.present is None else allowed | ~query.present
+
+    def _apart(self, query: Tokens, key: Tokens) -> Tensor:
+        distance = query.positions - key.positions
+        return distance if self.causal else distance.abs()
 
 
 @dataclass(frozen=True)

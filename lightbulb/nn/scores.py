@@ -32,10 +32,10 @@ class Disentangled:
     def scores(self, query: Tensor, key: Tensor, distances: Tensor) -> Tensor:
         """Content to position and position to content, ``[batch, heads, queries, keys]``: products with all 2k
         positions, of which each pair picks its own."""
-        count = self.key.shape[1]
+        batch, count = len(query), self.key.shape[1]
         reach = count // 2
-        to_position = grouped_product(query, self.key[None].expand(len(query), -1, -1, -1))
-        to_content = grouped_product(self.query[None].expand(len(key), -1, -1, -1), key)
+        to_position = grouped_product(query, self.key.to(query.dtype)[None].expand(batch, -1, -1, -1))
+        to_content = grouped_product(self.query.to(key.dtype)[None].expand(batch, -1, -1, -1), key)
         shape = (*query.shape[:3], key.shape[2])
         ahead = (distances + reach).clamp(0, count - 1).expand(shape)
         back = (reach - distances).clamp(0, count - 1).expand(shape)
@@ -59,7 +59,7 @@ class Clamped:
     def replace(self, scores: Tensor, distances: Tensor) -> Tensor:
         """``scores [batch, heads, queries, keys]`` with those of far pairs replaced."""
         count = self.key.shape[2]
-        far = grouped_product(self.query, self.key)
+        far = grouped_product(self.query.to(scores.dtype), self.key.to(scores.dtype))
         near = torch.where(distances[..., :count] < self.max_distance, scores[..., :count], far)
         return near if count == scores.shape[3] else torch.cat((near, scores[..., count:]), dim=3)
 
@@ -90,8 +90,9 @@ def scored_attention(
             sqrt(3 width).
         clamped: replaces the scores of far pairs.
     """
-    dtype = product_dtype(query)
-    scores = grouped_product(query.to(dtype), key.to(dtype))
+    dtype, wanted = product_dtype(query), query.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scores = grouped_product(query, key)
     if clamped is not None:
         assert distances is not None
         scores = clamped.replace(scores, distances)
@@ -102,8 +103,8 @@ def scored_attention(
     scores = (scores if scores.dtype == torch.float64 else scores.float()) * (sums * query.shape[3]) ** -0.5
     weights = softmax_with_sink(scores, mask, sink, sharpen).to(dtype)
     kv_heads, shape = key.shape[1], query.shape
-    mixed = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ value.to(dtype)
-    return mixed.view(shape).to(query.dtype)
+    mixed = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ value
+    return mixed.view(shape).to(wanted)
 
 
 def grouped_product(query: Tensor, key: Tensor) -> Tensor:

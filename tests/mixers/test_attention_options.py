@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightbulb.config import ConfigError, build_config
-from lightbulb.mixers.base import Context
+from lightbulb.mixers.base import Context, TokenMixerConfig
 from lightbulb.mixers.token.attention import Attention, AttentionConfig
 from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.nn import attention as blocks
@@ -479,6 +479,13 @@ def test_equality_cached_gists_are_the_masked_prompt(options: dict[str, Any]) ->
     assert (found - run(module, x, gist=marks)[5:]).abs().max() < 1e-10
 
 
+class _Forgetful(AttentionConfig):
+    """A mixer that knows neither gist tokens nor gaps."""
+
+    keeps_gaps = False
+    masks_gists = False
+
+
 def language(**changes: Any) -> LanguageModel:
     token = {"type": "attention", "num_heads": 4, "num_kv_heads": 2}
     values = {"vocab_size": 24, "dim": DIM, "num_layers": 2, "context_length": 12, "gist_token_id": 23}
@@ -507,6 +514,9 @@ def test_equality_language_model_decodes_gists_as_in_one_pass(chunks: list[int])
 def test_gist_tokens_the_model_cannot_have() -> None:
     with pytest.raises(ConfigError, match="gist_token_id 24 is no row of vocab_size 24"):
         language(gist_token_id=24)
+    block = {"token": _Forgetful(num_heads=4), "channel": {"type": "mlp", "hidden_dim": 24}}
+    with pytest.raises(ConfigError, match=r"gist_token_id 23: block_pattern.0.token of type 'attention' carries"):
+        language(block_pattern=[block])
 
 
 # --- positions per sample, with gaps and fillers
@@ -614,3 +624,5 @@ def test_gaps_need_a_kernel_that_takes_them() -> None:
     AttentionConfig(num_heads=4).check_gaps()
     with pytest.raises(ValueError, match="backend 'flash' takes no positions per sample; set backend: auto"):
         AttentionConfig(num_heads=4, backend="flash").check_gaps()
+    with pytest.raises(ValueError, match="type 'attention' needs every token of a sequence"):
+        TokenMixerConfig.check_gaps(_Forgetful(num_heads=4))

@@ -221,7 +221,7 @@ class Attention(TokenMixer):
         else:
             state = write(state, key, value, context.positions, context.present)
             key, value, seen = self._continued(state, context)
-        core = self._core(query, key, seen, context, decodes=state is not None)
+        core = self._core(query, key, seen, decodes=state is not None)
         if context.recompute == "selective" and state is None:
             core = partial(recompute, core)
         mixed = core(turned, key, value)
@@ -263,8 +263,9 @@ class Attention(TokenMixer):
         key_part, value_part = (state[name][:, :, first:known] for name in ("key", "value"))
         return key_part, value_part, Visibility(rule, query, key, consecutive=positions.dim() == 1)
 
-    def _core(self, query: Tensor, key: Tensor, seen: Visibility, context: Context, decodes: bool) -> Core:
-        """What makes ``[batch, heads, queries, width]`` of rotated queries, keys and values."""
+    def _core(self, query: Tensor, key: Tensor, seen: Visibility, decodes: bool) -> Core:
+        """What makes ``[batch, heads, queries, width]`` of rotated queries, keys and values; from the queries before
+        the rotation ``[queries, batch, heads, width]`` and the keys after it."""
         config, sink = self.config, self._sink(query)
         clamps = config.rope_theta is not None and config.num_global > 0 and seen.has_far_pairs
         sharpens = config.adaptive_temperature and not self.training
