@@ -19,6 +19,9 @@ from lightbulb.nn.groups import Axis, max_over, sum_over
 WeightCodes = Literal["ternary", "binary"]
 
 MIN_SCALE = 1e-5
+UNTIE = 1 - 2**-20
+"""Products of codes are whole multiples of one number, and where nothing mixes them (a token that attends to itself
+only), often one is half of the largest: halfway between two codes, and noise would choose. This chooses the smaller."""
 
 
 @torch.no_grad()
@@ -73,7 +76,7 @@ def token_codes(x: Tensor, bits: int, axis: Axis, norm_eps: float | None) -> tup
     largest = largest.clamp_min(least)
     levels = 2 ** (bits - 1) - 1
     # The norm cancels out of the codes: taken from x they do not feel its rounding.
-    codes = (x * (levels / largest)).round_()
+    codes = (x * (levels * UNTIE / largest)).round_()
     scale = largest / levels
     return codes, scale if inverse_root is None else scale * inverse_root, inverse_root
 
