@@ -19,8 +19,9 @@ from lightbulb.nn.groups import Axis, max_over, sum_over
 WeightCodes = Literal["ternary", "binary"]
 
 MIN_SCALE = 1e-5
-_TIE = 1e-4  # of a code. Ternary products are whole numbers times a scale, so that values halfway between two codes are
-# common where nothing mixes them (the first token's attention); layouts and decoding must round them alike.
+UNTIE = 1 - 2**-14
+"""Products of codes are whole multiples of one number, and where nothing mixes them (a token that attends to itself
+only), often one is half of the largest: halfway between two codes, and noise would choose. This chooses the smaller."""
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def token_codes(x: Tensor, bits: int, axis: Axis, norm_eps: float | None) -> tup
     largest = largest.clamp_min(least)
     levels = 2 ** (bits - 1) - 1
     # The norm cancels out of the codes: taken from x they do not feel its rounding.
-    codes = (x * (levels / largest)).add_(_TIE).round_()
+    codes = (x * (levels * UNTIE / largest)).round_()
     scale = largest / levels
     return codes, scale if inverse_root is None else scale * inverse_root, inverse_root
 
