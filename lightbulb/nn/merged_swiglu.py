@@ -51,51 +51,51 @@ class _MergedSwiGLU(torch.autograd.Function):
     ) -> Tensor:
         dtype = product_dtype(rows)
         inputs, matrices = rows.to(dtype), [matrix.to(dtype) for matrix in (gate, up, down)]
-        inner = [inputs.new_empty(len(rows), gate.shape[1]) for _ in range(2)]
+        inner = inputs.new_empty(len(rows), 2 * gate.shape[1])
         result = torch.empty_like(inputs)
         for pieces, parts in _chunks(counts, gate):
-            merged = _merge(shares[pieces].to(dtype), matrices)
-            for part, to_gate, to_up, to_result in zip(parts, *merged, strict=True):
-                gated = torch.mm(inputs[part], to_gate.t(), out=inner[0][part])
-                torch.mm(inputs[part], to_up.t(), out=inner[1][part])
-                torch.mm(silu(gated).mul_(inner[1][part]), to_result.t(), out=result[part])
-        ctx.save_for_backward(rows, shares, gate, up, down, *inner)
+            gate_up, to_result = _merge(shares[pieces].to(dtype), matrices)
+            for part, to_inner, back in zip(parts, gate_up.flatten(1, 2), to_result, strict=True):
+                gated, upped = torch.mm(inputs[part], to_inner.t(), out=inner[part]).chunk(2, dim=-1)
+                torch.mm(silu(gated).mul_(upped), back.t(), out=result[part])
+        ctx.save_for_backward(rows, shares, gate, up, down, inner)
         ctx.counts = counts
         return result.to(rows.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, shares, *weights, gated, upped = ctx.saved_tensors
-        dtype = gated.dtype
+        rows, shares, *weights, inner = ctx.saved_tensors
+        dtype = inner.dtype
         inputs, grad, matrices = rows.to(dtype), grad.to(dtype), [matrix.to(dtype) for matrix in weights]
         grad_rows, grad_shares = torch.empty_like(inputs), torch.empty_like(shares)
         grad_weights = [torch.empty_like(matrix) for matrix in matrices]
         for pieces, parts in _chunks(ctx.counts, matrices[0]):
             mix = shares[pieces].to(dtype)
-            merged = _merge(mix, matrices)
-            for part, *own in zip(parts, *merged, strict=True):
-                _backward_(inputs[part], gated[part], upped[part], grad[part], own, grad_rows[part])
-            products = zip(merged, matrices, strict=True)
-            grad_shares[pieces] = sum(inner_products(found, matrix) for found, matrix in products)  # type: ignore[assignment]
-            for found, grad_weight in zip(merged, grad_weights, strict=True):
+            gate_up, down = _merge(mix, matrices)
+            for part, *own in zip(parts, gate_up.flatten(1, 2), down, strict=True):
+                _backward_(inputs[part], inner[part], grad[part], own, grad_rows[part])
+            grad_shares[pieces] = 0.0
+            for found, matrix, grad_weight in zip(
+                (gate_up[:, 0], gate_up[:, 1], down), matrices, grad_weights, strict=True
+            ):
+                grad_shares[pieces] += inner_products(found, matrix)
                 grad_weight.flatten(1).addmm_(mix.t(), found.flatten(1), beta=int(pieces.start > 0))
         grads = (grad_weight.to(rows.dtype) for grad_weight in grad_weights)
         return grad_rows.to(rows.dtype), grad_shares, *grads, None
 
 
-def _backward_(
-    rows: Tensor, gated: Tensor, upped: Tensor, grad: Tensor, matrices: list[Tensor], grad_rows: Tensor
-) -> None:
+def _backward_(rows: Tensor, inner: Tensor, grad: Tensor, matrices: list[Tensor], grad_rows: Tensor) -> None:
     """Write the gradient of one piece's rows to ``grad_rows``, those of its matrices over the matrices."""
-    gate, up, down = matrices
+    gate_up, down = matrices
+    gated, upped = inner.chunk(2, dim=-1)
     activated, grad_hidden = silu(gated), grad @ down
     torch.mm(grad.t(), activated * upped, out=down)
-    grad_gated, grad_upped = torch.empty_like(gated), torch.empty_like(upped)
+    grad_inner = torch.empty_like(inner)
+    grad_gated, grad_upped = grad_inner.chunk(2, dim=-1)
     swiglu_grad_(gated, activated, upped, grad_hidden, (grad_gated, grad_upped))
-    torch.mm(grad_gated, gate, out=grad_rows).addmm_(grad_upped, up)
-    torch.mm(grad_gated.t(), rows, out=gate)
-    torch.mm(grad_upped.t(), rows, out=up)
+    torch.mm(grad_inner, gate_up, out=grad_rows)
+    torch.mm(grad_inner.t(), rows, out=gate_up)
 
 
 def _chunks(counts: list[int], gate: Tensor) -> Iterator[tuple[slice, list[slice]]]:
@@ -118,16 +118,14 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _merge(mix: Tensor, matrices: list[Tensor]) -> list[Tensor]:
-    """``[P, out, in]`` of each matrix, valid until the next call."""
-    sizes = [len(mix) * matrix[0].numel() for matrix in matrices]
+def _merge(mix: Tensor, matrices: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Gate and up ``[P, 2, hidden, dim]`` and down ``[P, dim, hidden]``, valid until the next call."""
+    pieces, size = len(mix), matrices[0][0].numel()
     buffer = _scratch.buffer
-    if buffer is None or buffer.dtype != mix.dtype or len(buffer) < sum(sizes):
-        buffer = _scratch.buffer = mix.new_empty(sum(sizes))
-    places = [
-        part.view(-1, *matrix.shape[1:])
-        for part, matrix in zip(buffer[: sum(sizes)].split(sizes), matrices, strict=True)
-    ]
-    for place, matrix in zip(places, matrices, strict=True):
+    if buffer is None or buffer.dtype != mix.dtype or len(buffer) < 3 * pieces * size:
+        buffer = _scratch.buffer = mix.new_empty(3 * pieces * size)
+    gate_up = buffer[: 2 * pieces * size].view(pieces, 2, *matrices[0].shape[1:])
+    down = buffer[2 * pieces * size : 3 * pieces * size].view(pieces, *matrices[2].shape[1:])
+    for place, matrix in zip((gate_up[:, 0], gate_up[:, 1], down), matrices, strict=True):
         torch.mm(mix, matrix.flatten(1), out=place.flatten(1))
-    return places
+    return gate_up, down
