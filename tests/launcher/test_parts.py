@@ -23,7 +23,7 @@ def test_json_lists_every_part_with_its_axes_and_state(capsys: pytest.CaptureFix
         found = {part["name"] for part in listed if part["kind"] == title}
         assert found == set(names(kind)) >= MISSION[title]
     for part in listed:
-        assert part["shards"] and part["state"] and part["about"], part
+        assert part["shards"] and part["state"] and part["about"] and part["cost"], part
         assert "20" in part["paper"], part  # a year
 
 

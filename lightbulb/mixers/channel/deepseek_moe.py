@@ -32,7 +32,10 @@ class DeepSeekRouterConfig(RouterConfig):
 
 @register("channel_mixer", "deepseek_moe")
 class DeepSeekMoEConfig(RoutedConfig):
-    """Fine-grained and shared experts: the module is :class:`~lightbulb.mixers.channel.switch.Switch`."""
+    """Many small experts, and shared ones.
+
+    The module is :class:`~lightbulb.mixers.channel.switch.Switch`.
+    """
 
     facts = Facts(
         "DeepSeekMoE, 2024, arXiv:2401.06066; DeepSeek-V3, 2024, arXiv:2412.19437",
