@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lightbulb.modifiers  # noqa: F401  (registers what model.modifiers can name)
 from lightbulb.config import ConfigError, build_config
 from lightbulb.mixers.base import Context, TokenMixerConfig
 from lightbulb.mixers.token.attention import Attention, AttentionConfig
@@ -580,6 +581,21 @@ def test_equality_decode_with_gaps_and_fillers_is_forward(options: dict[str, Any
         found = decode(module, x[order], chunks, lambda a, b, p=places, q=present: Context(p[a:b], present=q[:, a:b]))
         wanted = run(module, x[order], positions=places, present=present)
         assert (found - wanted).abs().max() < 1e-10
+
+
+@torch.no_grad()
+@causal_options
+def test_equality_layers_that_skip_tokens_decode_as_in_one_pass(options: dict[str, Any]) -> None:
+    token = {"type": "attention", "num_heads": 4, "num_kv_heads": 2} | options
+    block = {"token": token, "channel": {"type": "mlp", "hidden_dim": 24}}
+    model = language(block_pattern=[block], modifiers=[{"type": "mixture_of_depths", "every": 1, "capacity": 0.5}])
+    tokens = torch.randint(0, 23, (3, 12), generator=torch.Generator().manual_seed(0))
+    tokens[0, 4:6] = tokens[1, 7] = 23
+    whole, state, parts = model(tokens), model.init_state(3, 12), []
+    for chunk in tokens.split([5, 1, 1, 5], 1):
+        logits, state = model.decode(chunk, state)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_gists_are_looked_up_by_true_position() -> None:
