@@ -128,6 +128,11 @@ class TokenMixerConfig(_MixerConfig, ABC):
     masks_gists: ClassVar[bool] = False
     """Hides from tokens what gist tokens stand for (``Context.gist``)."""
 
+    @property
+    def sees_future(self) -> bool:
+        """Whether tokens mix with later ones: fit for encoders, not for a language model."""
+        return False
+
     @abstractmethod
     def build(self, dim: int, context_length: int, init: Init) -> "TokenMixer":
         """The module, uninitialised; the model fills its parameters."""

@@ -83,6 +83,12 @@ class LanguageConfig(Config):
         if twice := sorted({name for name in types if types.count(name) > 1}):
             raise ValueError(f"modifiers names {twice[0]!r} twice; keep one")
         self._check_gists()
+        for place, block in self.written_blocks():
+            if block.token.sees_future:
+                raise ValueError(
+                    f"{place}.token: {block.token.type} is set to see the future, so that a language model would read "
+                    "what it is to predict; set causal: true (attention) or bidirectional: false (mamba)"
+                )
         self.cost()  # parts check their own widths against dim here, before anything is built
         return self
 

@@ -226,3 +226,11 @@ def test_a_block_may_do_without_a_channel_mixer() -> None:
     config.check_parallel(Degrees(tensor=2))
     with pytest.raises(ValueError, match="parallel.expert 2 has no effect"):
         config.check_parallel(Degrees(expert=2))
+
+
+@pytest.mark.parametrize(
+    "token", [ATTENTION | {"causal": False}, {"type": "mamba", "head_dim": 8, "bidirectional": True}]
+)
+def test_a_mixer_that_sees_the_future_makes_no_language_model(token: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"block_pattern.0.token: \w+ is set to see the future"):
+        config_of("dense", block_pattern=[{"token": token, "channel": MLP}])

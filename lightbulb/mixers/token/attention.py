@@ -144,6 +144,10 @@ class AttentionConfig(TokenMixerConfig):
             )
         return dim // self.num_heads
 
+    @property
+    def sees_future(self) -> bool:
+        return not self.causal
+
     def build(self, dim: int, context_length: int, init: Init) -> "Attention":
         return Attention(self, dim, init)
 

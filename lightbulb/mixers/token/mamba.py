@@ -95,6 +95,10 @@ class MambaConfig(TokenMixerConfig):
             raise ValueError(f"num_groups {self.num_groups} does not divide the {heads} heads; choose a divisor")
         return heads
 
+    @property
+    def sees_future(self) -> bool:
+        return self.bidirectional
+
     def build(self, dim: int, context_length: int, init: Init) -> "Mamba":
         return Mamba(self, dim, init)
 
