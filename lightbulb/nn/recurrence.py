@@ -232,7 +232,7 @@ class _Chunkwise(torch.autograd.Function):
         written = _product(k.transpose(1, 2), (v * decays.to_end).to(dtype), wide)
         entering, state = _scan(sizes.states(state), written, decays.across)
         read = _product(q, entering.to(dtype), wide).mul_(decays.to_row)
-        ctx.save_for_backward(q, k, v, scores, entering, read, *decays)
+        ctx.save_for_backward(q, k, v, scores, entering, read if ctx.needs_input_grad[3] else None, *decays)
         ctx.sizes, ctx.dtypes = sizes, (query.dtype, value.dtype)
         ctx.decay_shape = log_decay.shape
         return sizes.unvalues((read + inside.transpose(3, 4)).to(value.dtype)), sizes.unstates(state)
