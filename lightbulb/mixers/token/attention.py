@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lightbulb.config import Cost
 from lightbulb.mixers.base import Context, DecodeState, Facts, TokenMixer, TokenMixerConfig
+from lightbulb.mixers.token import visibility
 from lightbulb.nn.attention import attend
 from lightbulb.nn.attention_backend import Backend, whole_attention
-from lightbulb.nn.attention_mask import Rule, Tokens, Visibility
+from lightbulb.nn.attention_mask import Rule, Visibility
 from lightbulb.nn.groups import enter_tensor_region, share_in_tensor_region, tensor_axis, ulysses_axis
 from lightbulb.nn.kv_cache import empty_cache, write
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
@@ -221,10 +222,10 @@ class Attention(TokenMixer):
             turned, key = rotate(query, cos, sin), rotate(key, cos, sin)
         turned, key, value = (t.permute(1, 2, 0, 3) for t in (turned, key, value))
         if state is None:
-            seen = self._whole(context)
+            seen = visibility.of_whole(self.config.rule, context)
         else:
             state = write(state, key, value, context.positions, context.present)
-            key, value, seen = self._continued(state, context)
+            key, value, seen = visibility.of_cache(self.config.rule, context, state)
         core = self._core(query, key, seen, decodes=state is not None)
         if context.recompute == "selective" and state is None:
             core = partial(recompute, core)
@@ -237,35 +238,6 @@ class Attention(TokenMixer):
         if not self.config.causal:
             raise ValueError("causal: false has nothing to decode: every token sees all others; set causal: true")
         return empty_cache(batch_size, self.kv_heads, max_length, self.width, device, dtype)
-
-    def _whole(self, context: Context) -> Visibility:
-        """Whole sequences attend to themselves."""
-        rule, consecutive = self.config.rule, context.positions.dim() == 1
-        length = len(context.positions)
-        order = torch.arange(length, device=context.positions.device)[None]
-        tokens = Tokens(order, _by_sample(context.positions), context.document_ids, present=context.present)
-        if rule.num_global:
-            tokens = tokens.with_ages()
-        if context.gist is not None:
-            tokens = tokens.with_gists(context.gist)
-        marks = (context.document_ids, context.present, context.gist)
-        sees_all = rule.sees_all_of(length) if consecutive else rule.window is None and rule.max_distance is None
-        plain = sees_all and all(mark is None for mark in marks)
-        return Visibility(rule, tokens, tokens, consecutive, plain)
-
-    def _continued(self, state: DecodeState, context: Context) -> tuple[Tensor, Tensor, Visibility]:
-        """Keys and values that new tokens attend to: those of the state, which includes their own."""
-        rule, positions = self.config.rule, context.positions
-        first, known = 0, int(positions.max()) + 1
-        if rule.reach is not None:
-            first = max(0, int(positions.min()) - rule.reach + 1)
-        places, new = torch.arange(first, known, device=positions.device)[None], _by_sample(positions)
-        query = Tokens(new, new, present=context.present)
-        key = Tokens(places, places, present=state["present"][:, first:known])
-        if context.gist is not None:
-            query, key = query.with_gists(context.gist), key.with_gists(context.gist)
-        key_part, value_part = (state[name][:, :, first:known] for name in ("key", "value"))
-        return key_part, value_part, Visibility(rule, query, key, consecutive=positions.dim() == 1)
 
     def _core(self, query: Tensor, key: Tensor, seen: Visibility, decodes: bool) -> Core:
         """What makes ``[batch, heads, queries, width]`` of rotated queries, keys and values; from the queries before
@@ -314,8 +286,3 @@ class Attention(TokenMixer):
         cos, sin = rotary_angles(seen.key.positions[:, :count].t(), self.width, config.rope_theta)
         unturned = rotate(key[:, :, :count].permute(2, 0, 1, 3), cos, -sin)
         return Clamped(far.permute(1, 2, 0, 3), unturned.permute(1, 2, 0, 3), config.max_distance)
-
-
-def _by_sample(positions: Tensor) -> Tensor:
-    """``[length]`` or ``[length, batch]`` to ``[1 or batch, length]``."""
-    return positions[None] if positions.dim() == 1 else positions.t()
