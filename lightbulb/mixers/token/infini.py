@@ -6,6 +6,7 @@ works on queries and keys without rotation, the local attention on rotated ones.
 the context; what documents in one context may read is said in :class:`lightbulb.nn.compressive_memory.Reset`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -98,9 +99,10 @@ class Infini(TokenMixer):
             mixed, state = self._continue(parts, context.positions, state)
         else:
             start = None if context.document_ids is None else run_starts(context.document_ids)
-            core = partial(infini_attention, segment_length=self.config.segment_length, update=self.config.update)
-            selective = context.recompute == "selective"
-            mixed = (partial(recompute, core) if selective else core)(*parts, self._gate(), start)
+            core: Callable[..., Tensor] = infini_attention
+            if context.recompute == "selective":
+                core = partial(recompute, infini_attention)
+            mixed = core(*parts, self._gate(), start, self.config.segment_length, self.config.update)
         return self.output(gather_heads(mixed.permute(2, 0, 1, 3), self.ulysses).flatten(2)), state
 
     def init_state(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> DecodeState:
@@ -187,8 +189,8 @@ def infini_attention(
     remembered = _read_all(features(query), memories)
     if reset is not None:
         remembered = remembered.masked_fill(~reset.reads[:, None, ..., None], 0.0)
-    by_segment = [part.transpose(1, 2).flatten(0, 1) for part in (turned_query, turned_key, value)]
-    local = causal_attention(*by_segment, mask=mask).unflatten(0, (len(query), -1)).transpose(1, 2)
+    queries, keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (turned_query, turned_key, value))
+    local = causal_attention(queries, keys, values, mask).unflatten(0, (len(query), -1)).transpose(1, 2)
     return _mixed(remembered, local, gate[..., None]).flatten(2, 3)[:, :, :length]
 
 
