@@ -38,7 +38,7 @@ def measure(rounds: int) -> dict[str, float]:
 def growth(rounds: int) -> dict[str, dict[int, float]]:
     """Mixer to length to seconds per token, forward and backward."""
     mixers: dict[str, TokenMixerConfig] = {
-        "block_sparse": BlockSparseConfig(num_heads=_HEADS, window=128),
+        "block_sparse": BlockSparseConfig(num_heads=_HEADS, window=256),
         "infini": InfiniConfig(num_heads=_HEADS, segment_length=256),
         "attention": AttentionConfig(num_heads=_HEADS),
     }

@@ -279,7 +279,7 @@ def _kept(noise: Tensor, drop: float) -> Tensor:
         drop: part to drop.
     """
     kept = max(1, round(len(noise) * (1 - drop)))
-    return noise.permute(1, 2, 0).flatten(0, 1).argsort(dim=1, stable=True)[:, :kept].sort(dim=1).values
+    return noise.permute(1, 2, 0).flatten(0, 1).argsort(dim=1, stable=True)[:, :kept].contiguous().sort(dim=1).values
 
 
 def _written(state: DecodeState, positions: Tensor, key: Tensor, value: Tensor, bucket: Tensor | None) -> DecodeState:

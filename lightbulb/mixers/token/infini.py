@@ -101,7 +101,7 @@ class Infini(TokenMixer):
             start = None if context.document_ids is None else run_starts(context.document_ids)
             core: Callable[..., Tensor] = infini_attention
             if context.recompute == "selective":
-                core = partial(recompute, core)
+                core = partial(recompute, infini_attention)
             mixed = core(*parts, self._gate(), start, self.config.segment_length, self.config.update)
         return self.output(gather_heads(mixed.permute(2, 0, 1, 3), self.ulysses).flatten(2)), state
 
@@ -189,8 +189,8 @@ def infini_attention(
     remembered = _read_all(features(query), memories)
     if reset is not None:
         remembered = remembered.masked_fill(~reset.reads[:, None, ..., None], 0.0)
-    here, past, values = (part.transpose(1, 2).flatten(0, 1) for part in (turned_query, turned_key, value))
-    local = causal_attention(here, past, values, mask).unflatten(0, (len(query), -1)).transpose(1, 2)
+    queries, keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (turned_query, turned_key, value))
+    local = causal_attention(queries, keys, values, mask).unflatten(0, (len(query), -1)).transpose(1, 2)
     return _mixed(remembered, local, gate[..., None]).flatten(2, 3)[:, :, :length]
 
 
