@@ -36,12 +36,12 @@ class _KANLayer(nn.Module):
 def _kan(rounds: int) -> dict[str, float]:
     from kan.KANLayer import KANLayer  # takes seconds, and pandas and scikit-learn
 
-    # An edge has 10 numbers there and 9 here, so 450 and 500 outputs are equally many.
-    theirs, ours = KANLayer(64, 450, num=5, k=3), _KANLayer(64, 500)
+    # An edge has 10 numbers there and 9 here, so 900 and 1000 outputs are equally many.
+    theirs, ours = KANLayer(64, 900, num=5, k=3), _KANLayer(64, 1000)
     initialise(ours, 0)
     sizes = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in (theirs, ours)]
     assert sizes[0] == sizes[1], sizes
-    x = torch.rand(1024, 64).mul_(2).sub_(1).requires_grad_()
+    x = torch.rand(512, 64).mul_(2).sub_(1).requires_grad_()
     contenders = {
         "theirs": forward_backward(theirs, lambda: theirs(x)[0]),
         "ours": forward_backward(ours, lambda: ours(x)),

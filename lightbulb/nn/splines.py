@@ -53,7 +53,7 @@ class Basis:
     slope: float
 
     def values(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., count, in]``, in the dtype of ``x``."""
+        """``[..., in]`` to ``[..., in, count]``, in the dtype of ``x``."""
         return self.bump(self._offsets(x))[0]
 
     def values_and_slopes(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -63,7 +63,7 @@ class Basis:
 
     def _offsets(self, x: Tensor) -> Tensor:
         places = torch.arange(self.count, device=x.device, dtype=x.dtype) + self.first / self.spacing
-        return (x * (self.unit / self.spacing))[..., None, :] - (places * self.unit)[:, None]
+        return (x * (self.unit / self.spacing))[..., None] - places * self.unit
 
 
 _SIXTH = 6 ** (-1 / 3)  # a unit in which the cubes need no division by 6
@@ -137,7 +137,7 @@ class SplineLinear(SplitLinear):
 
     def _bases(self, x: Tensor) -> Tensor:
         """``[..., in x count]``, the bases of a feature side by side."""
-        return self.basis.values(_wide(x)).transpose(-1, -2).flatten(-2).to(x.dtype)
+        return self.basis.values(_wide(x)).flatten(-2).to(x.dtype)
 
     def _adapted(self, x: Tensor) -> Tensor:
         # The backward runs this again, when a bank of experts has taken this expert's parameters back: hold them.
@@ -150,7 +150,7 @@ class _SplineLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, basis: Basis) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.basis = basis
-        matrix = _by_basis(weight, basis, product_dtype(x))
+        matrix = weight.to(product_dtype(x))
         rows = x.reshape(-1, x.shape[-1])
         result = rows.new_empty(len(rows), len(weight), dtype=matrix.dtype)
         for part in _parts(rows, basis):
@@ -163,16 +163,15 @@ class _SplineLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         basis: Basis = ctx.basis
-        matrix = _by_basis(weight, basis, product_dtype(x))
+        matrix = weight.to(product_dtype(x))
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_rows, grad_matrix = torch.empty_like(rows), torch.empty_like(matrix)
         for part in _parts(rows, basis):
             incoming = grad[part].to(matrix.dtype)
             values, slopes, factor = basis.values_and_slopes(_wide(rows[part]))
             grad_matrix.addmm_(incoming.t(), values.flatten(1).to(matrix.dtype), beta=int(part.start > 0))
-            grad_rows[part] = slopes.mul_((incoming @ matrix).view_as(slopes)).sum(1).mul_(factor)
-        grad_weight = grad_matrix.view(len(weight), basis.count, -1).transpose(1, 2).reshape(weight.shape)
-        return grad_rows.view_as(x), grad_weight.to(weight.dtype), None
+            grad_rows[part] = slopes.mul_((incoming @ matrix).view_as(slopes)).sum(-1).mul_(factor)
+        return grad_rows.view_as(x), grad_matrix.to(weight.dtype), None
 
 
 class _Standardise(torch.autograd.Function):
@@ -197,12 +196,6 @@ class _Standardise(torch.autograd.Function):
         level, along = (sum_over(sums, ctx.axis) / (x.shape[-1] * ctx.axis.size)).split(1, dim=-1)
         # What moves the mean or the length of a row is undone by the norm.
         return (wide - level).sub_(unit.mul_(along)).mul_(scale).to(x.dtype), None, None
-
-
-def _by_basis(weight: Tensor, basis: Basis, dtype: torch.dtype) -> Tensor:
-    """The weight with the features of a basis side by side, as :meth:`Basis.values` lays them out: with the features
-    innermost, elementwise work runs over long rows."""
-    return weight.to(dtype).view(len(weight), -1, basis.count).transpose(1, 2).flatten(1)
 
 
 def _parts(rows: Tensor, basis: Basis) -> Iterator[slice]:

@@ -13,7 +13,7 @@ from lightbulb.mixers.channel.lory import Lory, LoryConfig
 from lightbulb.mixers.channel.mlp import MLPConfig
 from lightbulb.mixers.channel.switch import SwitchConfig
 from lightbulb.models.language import Degrees, LanguageConfig
-from lightbulb.nn import merged
+from lightbulb.nn import merged, merged_swiglu
 from lightbulb.nn.linear import Adapter, Quantizer
 from lightbulb.nn.merged import MergedLinear, merged_linear
 from lightbulb.nn.parameter import Init, initialise
@@ -78,12 +78,12 @@ def naive(module: Lory, x: Tensor, ids: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize("first_segment", ["own_mean", "uniform"])
 @pytest.mark.parametrize("ids", [None, documents()], ids=["plain", "documents"])
-@pytest.mark.parametrize("small_blocks", [False, True])
+@pytest.mark.parametrize("few_at_a_time", [False, True])
 def test_equality_values_and_gradients_of_a_naive_twin(
-    ids: Tensor | None, first_segment: str, small_blocks: bool, monkeypatch: pytest.MonkeyPatch
+    ids: Tensor | None, first_segment: str, few_at_a_time: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if small_blocks:
-        monkeypatch.setattr(merged, "_blocks", lambda weight, pieces: [slice(0, 4), slice(4, weight.shape[1])])
+    if few_at_a_time:
+        monkeypatch.setattr(merged_swiglu, "_NUMBERS", 2 * 3 * DIM * HIDDEN)  # two pieces
     module, x = lory(first_segment=first_segment), draw().requires_grad_()
     found, wanted = run(module, x, ids), naive(module, x, ids)
     assert torch.allclose(found, wanted, atol=1e-12)
@@ -94,8 +94,12 @@ def test_equality_values_and_gradients_of_a_naive_twin(
         assert theirs.any() and torch.allclose(ours, theirs, atol=1e-10)
 
 
+@pytest.mark.parametrize("blocks", [[slice(0, 4)], [slice(0, 3), slice(3, 4)]], ids=len)
 @pytest.mark.parametrize("counts", [[2, 3, 5], [5, 5]], ids=str)
-def test_equality_merged_product_passes_gradcheck(counts: list[int]) -> None:
+def test_equality_merged_product_passes_gradcheck(
+    counts: list[int], blocks: list[slice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merged, "_blocks", lambda weight, pieces: blocks)
     torch.manual_seed(0)
     shapes = (10, 3), (len(counts), 2), (2, 4, 3)
     inputs = [torch.randn(*shape).double().requires_grad_() for shape in shapes]
