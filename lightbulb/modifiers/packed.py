@@ -80,7 +80,7 @@ def pack(model: nn.Module, form: PackFormat = "2bit") -> list[str]:
     for name, layer in list(model.named_modules()):
         if is_packable(layer):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, PackedLinear(layer, form))  # type: ignore[arg-type]
+            setattr(model.get_submodule(parent), child, PackedLinear(layer, form))
             packed.append(name)
     return packed
 

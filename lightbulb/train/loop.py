@@ -191,7 +191,7 @@ class Trainer:
 
     def _settle(self, config: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
         """Fix the precision: the checkpoint's when resuming, the device's best when the config leaves it open."""
-        precision = config.train.precision
+        precision: str = config.train.precision
         if precision == "auto":
             precision = pick_precision(self.device, config.model.dim)
             if checkpoint is not None:
