@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -191,7 +191,7 @@ class Trainer:
 
     def _settle(self, config: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
         """Fix the precision: the checkpoint's when resuming, the device's best when the config leaves it open."""
-        precision: str = config.train.precision
+        precision: Precision | Literal["auto"] = config.train.precision
         if precision == "auto":
             precision = pick_precision(self.device, config.model.dim)
             if checkpoint is not None:
