@@ -24,7 +24,7 @@ from lightbulb.config import Cost
 from lightbulb.mixers.base import Facts
 from lightbulb.models.modifier import ModifierConfig
 from lightbulb.modifiers.matching import check_match, matching_linears
-from lightbulb.nn.grouped import GroupedLinear, grouped_linear
+from lightbulb.nn.grouped import grouped_linear
 from lightbulb.nn.groups import share_in_tensor_region
 from lightbulb.nn.linear import Adapter, SplitLinear
 from lightbulb.nn.nf4 import BLOCK, NF4
@@ -62,7 +62,6 @@ class LoRAConfig(ModifierConfig):
     def convert(self, model: nn.Module) -> None:
         model.requires_grad_(False)
         for name, layer in matching_linears(model, self.match):
-            _check_shape(name, layer)
             layer.adapter = LowRank(layer, self.rank, self.scale)
             if self.quantize is not None:
                 _keep_in_four_bits(name, layer)
@@ -139,13 +138,6 @@ def merge(model: nn.Module) -> None:
             del layer.weight.keeper, layer.keeper
         layer.weight.data = merged
         layer.adapter = None
-
-
-def _check_shape(name: str, layer: SplitLinear) -> None:
-    """Several matrices in one weight: of experts, or parts that :class:`GroupedLinear` multiplies."""
-    lead = len(layer.logical.shape) - 2
-    if lead > int(layer.logical.is_expert) and not isinstance(layer, GroupedLinear):
-        raise ValueError(f"model.modifiers: lora: {name} multiplies in a way of its own; leave it out of match")
 
 
 def _keep_in_four_bits(name: str, layer: SplitLinear) -> None:

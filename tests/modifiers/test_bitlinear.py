@@ -14,7 +14,7 @@ from lightbulb.modifiers.packed import PackedLinear, pack
 from lightbulb.nn.bank import ExpertBank
 from lightbulb.nn.groups import SINGLE
 from lightbulb.nn.linear import ColumnParallelLinear, SplitLinear
-from lightbulb.nn.lowbit import quantise_weight, weight_codes
+from lightbulb.nn.lowbit import quantise_weight, token_codes, weight_codes
 from lightbulb.nn.packing import FORMATS, pack_codes, unpack_codes
 from lightbulb.nn.parameter import initialise
 
@@ -283,3 +283,14 @@ def test_equality_in_a_bank_of_experts() -> None:
             torch.testing.assert_close(found, naive(rows, bank.each.inner.weight[expert], "ternary", True))
     pack(bank)
     torch.testing.assert_close(bank(x, counts), ours, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_half_of_the_largest_input_is_no_matter_of_noise(dtype: torch.dtype) -> None:
+    """Whole multiples of one number: 63.5 lies between two codes, whatever rounding did to the number."""
+    whole = torch.tensor([[34.0, 17.0, -17.0, 5.0]], dtype=dtype)
+    for seed in range(200):
+        unit = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=dtype) + 0.01
+        noisy = whole * unit * (1 + torch.tensor([0.0, 1.0, -1.0, 0.0], dtype=dtype) * torch.finfo(dtype).eps)
+        codes, _, _ = token_codes(noisy, 8, SINGLE, 1e-6)
+        assert codes.tolist() == [[127.0, 63.0, -63.0, 19.0]]
