@@ -20,7 +20,7 @@ from lightbulb.config import ConfigError, build_config
 from lightbulb.evaluation.proof import load_variants
 from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.nn.noise import Noise
-from lightbulb.nn.parameter import initialise, logical_of
+from lightbulb.nn.parameter import initialise, logical_of, set_values, values_of
 from lightbulb.registry import names
 
 FOLDER = Path(__file__).parents[2] / "configs/debug/parts"
@@ -199,8 +199,13 @@ def test_contract_bfloat16_is_close(name: str) -> None:
 @every_model
 def test_contract_saved_and_loaded_it_is_the_same(name: str, tmp_path: Path) -> None:
     model, other = fresh(name), ALL[name].build().eval()
-    save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
-    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    values = {key: values_of(parameter).detach().contiguous() for key, parameter in model.named_parameters()}
+    save_file(values | dict(model.named_buffers()), tmp_path / "model.safetensors")
+    loaded = load_file(tmp_path / "model.safetensors")
+    for key, parameter in other.named_parameters():
+        set_values(parameter, loaded[key])
+    for key, buffer in other.named_buffers():
+        buffer.copy_(loaded[key])
     tokens = ids(model)
     with torch.no_grad():
         assert torch.equal(model.eval()(tokens), other(tokens))
