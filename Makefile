@@ -42,6 +42,8 @@ bench: $(READY)
 	@$(BIN)/python benchmarks/train_moe.py --seconds 120 --json docs/results/train_moe.json
 	@$(BIN)/python benchmarks/parallel_overhead.py --json docs/results/parallel_overhead.json
 	@$(BIN)/python benchmarks/checkpoint.py --json docs/results/checkpoint.json
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[bench]"
+	@$(BIN)/python benchmarks/mixers.py --json docs/results/mixers.json --plot docs/results/mixers-growth.png
 
 clean:
 	rm -rf .venv build dist *.egg-info runs data
