@@ -90,4 +90,4 @@ class _Edges(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``, local parts."""
         inputs = standardise(x, self.norm_axis) * (self.spline.basis.reach / 2)
-        return self.base.multiply(silu(x)) + self.spline(inputs)
+        return self.base.multiply(silu(x)).add_(self.spline(inputs))
