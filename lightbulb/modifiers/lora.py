@@ -163,7 +163,7 @@ def _put_values(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: obj
 def _take_values(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     if prefix + "weight" in state:
         set_values(layer.weight, state[prefix + "weight"])  # type: ignore[arg-type]
-        state[prefix + "weight"] = layer.weight.detach()  # type: ignore[operator, union-attr]
+        state[prefix + "weight"] = layer.weight.detach()  # type: ignore[operator]
 
 
 def _active_share(model: nn.Module, name: str, weight: Logical) -> float:
