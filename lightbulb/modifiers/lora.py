@@ -28,7 +28,7 @@ from lightbulb.nn.grouped import grouped_linear
 from lightbulb.nn.groups import share_in_tensor_region
 from lightbulb.nn.linear import Adapter, SplitLinear
 from lightbulb.nn.nf4 import BLOCK, NF4
-from lightbulb.nn.parameter import Logical, constant, make_parameter, values_of
+from lightbulb.nn.parameter import Logical, constant, make_parameter, set_values, values_of
 from lightbulb.registry import register
 
 
@@ -136,6 +136,8 @@ def merge(model: nn.Module) -> None:
         merged = values_of(layer.weight) + layer.adapter.delta().to(layer.weight.dtype)
         if hasattr(layer.weight, "keeper"):
             del layer.weight.keeper, layer.keeper
+            layer._state_dict_hooks.clear()
+            layer._load_state_dict_pre_hooks.clear()
         layer.weight.data = merged
         layer.adapter = None
 
@@ -149,6 +151,19 @@ def _keep_in_four_bits(name: str, layer: SplitLinear) -> None:
         )
     layer.keeper = NF4(layer.has_split_input)
     layer.weight.keeper = layer.keeper  # type: ignore[attr-defined]
+    layer.register_state_dict_post_hook(_put_values)
+    layer.register_load_state_dict_pre_hook(_take_values)
+
+
+def _put_values(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """A state dictionary holds the values, as checkpoints do."""
+    state[prefix + "weight"] = values_of(layer.weight).detach()  # type: ignore[arg-type]
+
+
+def _take_values(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    if prefix + "weight" in state:
+        set_values(layer.weight, state[prefix + "weight"])  # type: ignore[arg-type]
+        state[prefix + "weight"] = layer.weight.detach()  # type: ignore[operator]
 
 
 def _active_share(model: nn.Module, name: str, weight: Logical) -> float:

@@ -14,7 +14,7 @@ from lightbulb.modifiers.packed import PackedLinear, pack
 from lightbulb.nn.bank import ExpertBank
 from lightbulb.nn.groups import SINGLE
 from lightbulb.nn.linear import ColumnParallelLinear, SplitLinear
-from lightbulb.nn.lowbit import quantise_weight, token_codes, weight_codes
+from lightbulb.nn.lowbit import UNTIE, quantise_weight, token_codes, weight_codes
 from lightbulb.nn.packing import FORMATS, pack_codes, unpack_codes
 from lightbulb.nn.parameter import initialise
 
@@ -59,7 +59,7 @@ def naive(x: Tensor, weight: Tensor, kind: str, norm: bool, levels: int = 127) -
     if kind == "ternary":
         beta = weight.abs().mean()
         matrix = torch.stack(
-            [min((-1.0, 0.0, 1.0), key=lambda c: abs(float(w / beta) - c)) * beta for w in weight.flatten()]
+            [min((-1.0, 0.0, 1.0), key=lambda c: abs(float((w / beta).detach()) - c)) * beta for w in weight.flatten()]
         )
     else:
         beta, alpha = weight.abs().mean(), weight.mean()
@@ -68,7 +68,7 @@ def naive(x: Tensor, weight: Tensor, kind: str, norm: bool, levels: int = 127) -
     for token in x.flatten(0, -2):
         u = token / (token.square().mean() + 1e-6).sqrt() if norm else token
         gamma = u.abs().max()
-        rows.append((u * levels / gamma).round() * gamma / levels @ matrix.view_as(weight).t())
+        rows.append((u * levels * UNTIE / gamma).round() * gamma / levels @ matrix.view_as(weight).t())
     return torch.stack(rows).view(*x.shape[:-1], -1)
 
 
