@@ -24,7 +24,7 @@ class PackedLinear(nn.Module):
 
     Attributes:
         codes: ``[..., out, bytes]`` uint8.
-        scale: ``[..., 1]`` float32, of each matrix.
+        scale: ``[..., 1]`` of each matrix, float32 (float64 of a model in that).
 
     (Parameters, so that a bank of experts hands each expert its own.)
 
@@ -44,10 +44,15 @@ class PackedLinear(nn.Module):
         codes, scale = self.quantizer.matrix_codes(weight)
         self.in_features = weight.shape[-1]
         self.codes = nn.Parameter(pack_codes(codes, form), requires_grad=False)
-        self.scale = nn.Parameter(scale[..., 0].float(), requires_grad=False)
+        self.scale = nn.Parameter(scale[..., 0], requires_grad=False)
 
     def forward(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
         """As the layer: ``x [..., in]``, with ``counts`` rows of each expert when the weight has experts."""
+        product = self.multiply(x, counts)
+        return exit_tensor_region(product, self.axis) if self.leaves_region else product
+
+    def multiply(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
+        """The product of the local parts."""
         codes, token_scale = self.quantizer.input_codes(x)
         if counts is None:
             product = self._product(codes, self.codes, self.scale)
@@ -55,9 +60,7 @@ class PackedLinear(nn.Module):
             experts = zip(codes.split(counts), self.codes, self.scale, strict=True)
             product = cat([self._product(rows, packed, scale) for rows, packed, scale in experts])
         product = product.mul_(token_scale).to(x.dtype)
-        if self.adapter is not None:
-            product = product + self.adapter(x, counts)
-        return exit_tensor_region(product, self.axis) if self.leaves_region else product
+        return product if self.adapter is None else product + self.adapter(x, counts)
 
     def _product(self, x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
         """``x [..., in]`` with one matrix ``[out, bytes]``, or several ``[parts, out, bytes]`` side by side."""

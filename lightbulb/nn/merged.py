@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from lightbulb.nn.groups import Axis
 from lightbulb.nn.linear import SplitLinear
-from lightbulb.nn.parameter import Logical, make_parameter
+from lightbulb.nn.parameter import Logical, make_parameter, values_of
 from lightbulb.nn.precision import product_dtype
 from lightbulb.nn.recompute import recompute
 
@@ -70,14 +70,15 @@ class MergedLinear(SplitLinear):
     def forward(self, rows: Tensor, shares: Tensor, counts: list[int]) -> Tensor:
         """As :func:`merged_linear`, local parts, leaving no tensor region."""
         if self.quantizer is None:
-            product = merged_linear(rows, shares, self.weight, counts)
+            product = merged_linear(rows, shares, values_of(self.weight), counts)
         else:
             product = self._quantized_product(self.quantizer.input(rows), shares, counts)
         return product if self.adapter is None else product + self._adapted(rows, shares, counts)
 
     def merge(self, shares: Tensor) -> Tensor:
         """``shares [P, E]`` to ``[P, out, in]``, as they are to be multiplied."""
-        merged = _merged(shares.to(self.weight.dtype), self.weight)
+        weight = values_of(self.weight)
+        merged = _merged(shares.to(weight.dtype), weight)
         return merged if self.quantizer is None else self.quantizer.matrix(merged)
 
     def multiply_merged(self, rows: Tensor, merged: Tensor, shares: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class MergedLinear(SplitLinear):
     def _adapted(self, rows: Tensor, shares: Tensor, counts: list[int]) -> Tensor:
         """Each expert's adapter on all rows, weighted as its matrix is."""
         assert self.adapter is not None
-        experts = len(self.weight)
+        experts = self.logical.shape[0]
         each = self.adapter(rows.repeat(experts, 1), [len(rows)] * experts).view(experts, len(rows), -1)
         weights = shares.to(rows.dtype).repeat_interleave(torch.tensor(counts, device=rows.device), dim=0)
         return torch.einsum("re,ero->ro", weights, each)

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from lightbulb.nn.groups import Axis, sum_over
 from lightbulb.nn.linear import SplitLinear
-from lightbulb.nn.parameter import Logical, make_parameter
+from lightbulb.nn.parameter import Logical, make_parameter, values_of
 from lightbulb.nn.precision import product_dtype
 from lightbulb.nn.recompute import recompute
 
@@ -128,10 +128,11 @@ class SplineLinear(SplitLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in / ranks or in]`` to ``[..., out or out / ranks]``, leaving no tensor region."""
+        weight = values_of(self.weight)
         if self.quantizer is None:
-            product = spline_linear(x, self.weight, self.basis)
+            product = spline_linear(x, weight, self.basis)
         else:
-            quantizer, weight = self.quantizer, self.quantizer.matrix(self.weight)
+            quantizer, weight = self.quantizer, self.quantizer.matrix(weight)
             product = recompute(lambda x: linear(quantizer.input(self._bases(x)), weight), x)
         return product if self.adapter is None else product + self._adapted(x)
 

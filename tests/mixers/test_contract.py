@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightbulb.config import ConfigError, build_config
 from lightbulb.evaluation.proof import load_variants
 from lightbulb.models.language import LanguageConfig, LanguageModel
+from lightbulb.modifiers.packed import pack
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import initialise, logical_of, set_values, values_of
 from lightbulb.registry import names
@@ -226,3 +227,14 @@ def test_contract_the_state_has_the_size_its_facts_promise(name: str) -> None:
         mixer = block.token.config
         assert grows == ("per token" in mixer.facts.state), mixer.type
     assert config.num_layers == len(built(name).blocks)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if any(m.type == "bitlinear" for m in ALL[name].modifiers)])
+def test_contract_packed_for_inference_it_is_the_same(name: str) -> None:
+    model = fresh(name).double().eval().requires_grad_(False)
+    tokens = ids(model)
+    wanted, whole = model(tokens), sum(parameter.nbytes for parameter in model.parameters())
+    packs = any(m.weights != "full" for m in model.config.modifiers if m.type == "bitlinear")
+    assert bool(pack(model)) == packs
+    assert torch.allclose(model(tokens), wanted, atol=1e-5)
+    assert (sum(parameter.nbytes for parameter in model.parameters()) < whole) == packs

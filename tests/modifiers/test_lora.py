@@ -297,3 +297,16 @@ def test_equality_in_a_bank_of_experts() -> None:
     effective = values_of(inner.weight) + 1.5 * inner.adapter.b @ inner.adapter.a
     expected = torch.cat([part @ effective[e].t() for e, part in enumerate(rows.split(counts))])
     torch.testing.assert_close(bank(rows, counts, Context(torch.arange(7))), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "channel", [{"type": "kan", "hidden_dim": 64}, {"type": "lory", "num_experts": 2, "hidden_dim": 64}], ids=str
+)
+def test_four_bits_where_layers_multiply_in_a_way_of_their_own(channel: dict[str, Any]) -> None:
+    changes = {"block_pattern": [{"token": ATTENTION, "channel": channel}]}
+    kept, base = build(NF4_LORA, **changes), build(LORA, **changes)
+    for name, parameter in base.named_parameters():
+        set_values(parameter, values_of(kept.get_parameter(name)))
+    close(kept(tokens()), base(tokens()))
+    kept(tokens()).square().sum().backward()
+    assert all(adapter.b.grad is not None and adapter.b.grad.any() for adapter in adapters(kept))
