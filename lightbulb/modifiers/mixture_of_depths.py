@@ -148,8 +148,14 @@ class MixtureOfDepthsConfig(ModifierConfig):
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """``[count, batch]`` indices of the largest of ``scores [length, batch]``, in order; ties go to earlier tokens."""
-    return scores.argsort(dim=0, descending=True, stable=True)[:count].sort(dim=0).values
+    """``[count, batch]`` indices of the largest of ``scores [length, batch]``, in order; ties go to earlier tokens.
+
+    Scores that agree to 16 bits tie. Equal tokens at the start of a sequence see equal pasts and score alike, but for
+    their rounding, which no layout has in common with another.
+    """
+    mantissa, exponent = torch.frexp(scores.detach())
+    rounded = torch.ldexp((mantissa * 2**16).round(), exponent)
+    return rounded.argsort(dim=0, descending=True, stable=True)[:count].sort(dim=0).values
 
 
 def where(chosen: Tensor) -> tuple[Tensor, Tensor]:
