@@ -108,6 +108,13 @@ class _MixerConfig(Config, ABC):
     def check_tensor_parallel(self, degree: int) -> None:
         """Raise ValueError, naming field, value and fix, when the part cannot be split over ``degree`` ranks."""
 
+    def check_width(self, dim: int, tensor: int, ulysses: int) -> None:
+        """Raise ValueError, naming field, value and fix, when what a model ``dim`` wide makes of the part (its heads)
+        cannot be split over so many ranks."""
+
+    def check_gaps(self) -> None:
+        """Raise ValueError, naming field, value and fix, when samples cannot have positions of their own."""
+
     def check_ulysses(self, tensor: int, ulysses: int) -> None:
         """Raise ValueError, naming field, value and fix, when the part cannot run on split sequences."""
 
@@ -144,11 +151,6 @@ class TokenMixerConfig(_MixerConfig, ABC):
     def check_ulysses(self, tensor: int, ulysses: int) -> None:
         if ulysses > 1:
             raise ValueError(f"type {self.type!r} needs whole sequences; set parallel.ulysses: 1")
-
-    def check_gaps(self) -> None:
-        """Raise ValueError, naming field, value and fix, when samples cannot have positions of their own."""
-        if not self.keeps_gaps:
-            raise ValueError(f"type {self.type!r} needs every token of a sequence; choose one that keeps gaps")
 
 
 class TokenMixer(nn.Module, ABC):

@@ -73,7 +73,11 @@ class LanguageConfig(Config):
     @model_validator(mode="after")
     def _pattern_divides(self) -> "LanguageConfig":
         repeated = self.num_layers - len(self.first_blocks)
-        if repeated < 0 or repeated % len(self.block_pattern):
+        if repeated < 0:
+            raise ValueError(
+                f"first_blocks has {len(self.first_blocks)} blocks, more than num_layers {self.num_layers}; remove some"
+            )
+        if repeated % len(self.block_pattern):
             first = f" less the {len(self.first_blocks)} of first_blocks" if self.first_blocks else ""
             raise ValueError(
                 f"block_pattern has {len(self.block_pattern)} blocks, which does not divide num_layers "
@@ -99,11 +103,12 @@ class LanguageConfig(Config):
             raise ValueError(
                 f"gist_token_id {self.gist_token_id} is no row of vocab_size {self.vocab_size}; choose a smaller id"
             )
-        for index, block in enumerate(self.block_pattern):
-            if not block.token.masks_gists:
+        for place, block in self.written_blocks():
+            part = "channel" if block.token.masks_gists else "token"
+            if part == "token" or (block.channel is not None and not block.channel.treats_tokens_alone):
                 raise ValueError(
-                    f"gist_token_id {self.gist_token_id}: block_pattern.{index}.token of type {block.token.type!r} "
-                    "carries a prompt past its gist tokens; choose attention, or set gist_token_id: null"
+                    f"gist_token_id {self.gist_token_id}: {place}.{part} of type {block.mixers()[part].type!r} carries "
+                    "a prompt past its gist tokens; choose another, or set gist_token_id: null"
                 )
 
     def layer(self, index: int) -> BlockConfig:
@@ -187,6 +192,7 @@ class LanguageConfig(Config):
             for part, config in block.mixers().items():
                 try:
                     config.check_tensor_parallel(tensor)
+                    config.check_width(self.dim, tensor, ulysses)
                     config.check_ulysses(tensor, ulysses)
                     config.check_expert_parallel(expert, degrees.expert_tensor)
                 except ValueError as error:

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, cat, nn, no_grad
 from torch.nn.functional import linear
 
-from lightbulb.config import Cost
+from lightbulb.config import ConfigError, Cost
 from lightbulb.mixers.base import Facts
 from lightbulb.models.modifier import ModifierConfig
 from lightbulb.modifiers.matching import check_match, matching_linears
@@ -28,7 +28,7 @@ from lightbulb.nn.grouped import grouped_linear
 from lightbulb.nn.groups import share_in_tensor_region
 from lightbulb.nn.linear import Adapter, SplitLinear
 from lightbulb.nn.nf4 import BLOCK, NF4
-from lightbulb.nn.parameter import Logical, constant, make_parameter, set_values, values_of
+from lightbulb.nn.parameter import Logical, constant, make_parameter, set_values, stored_values, values_of
 from lightbulb.registry import register
 
 
@@ -40,7 +40,8 @@ class LoRAConfig(ModifierConfig):
         "LoRA, 2021, arXiv:2106.09685; QLoRA, 2023, arXiv:2305.14314",
         ("tensor", "sequence", "ulysses", "pipeline", "expert"),
         "none",
-        "no dropout on the updates' inputs; NF4 needs a multiple of 64 inputs on every rank",
+        "no dropout on the updates' inputs; NF4 needs a multiple of 64 inputs on every rank; what other modifiers add "
+        "(depth routers, averages) is frozen too: start from a run that has it",
     )
     type: Literal["lora"] = "lora"
     rank: int = Field(8, ge=1)
@@ -66,7 +67,7 @@ class LoRAConfig(ModifierConfig):
             if self.quantize is not None:
                 _keep_in_four_bits(name, layer)
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
+            raise ConfigError(
                 f"model.modifiers: lora: match {self.match!r} leaves a pipeline stage with nothing to train; widen it"
             )
 
@@ -145,7 +146,7 @@ def merge(model: nn.Module) -> None:
 def _keep_in_four_bits(name: str, layer: SplitLinear) -> None:
     inputs = layer.weight.shape[-1]
     if inputs % BLOCK:
-        raise ValueError(
+        raise ConfigError(
             f"model.modifiers: lora: quantize nf4: {name} has {inputs} inputs on each rank, no multiple of {BLOCK}; "
             "widen the layer, lower parallel.tensor, or leave it out of match"
         )
@@ -157,7 +158,7 @@ def _keep_in_four_bits(name: str, layer: SplitLinear) -> None:
 
 def _put_values(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """A state dictionary holds the values, as checkpoints do."""
-    state[prefix + "weight"] = values_of(layer.weight).detach()  # type: ignore[arg-type]
+    state[prefix + "weight"] = stored_values(layer.weight)  # type: ignore[arg-type]
 
 
 def _take_values(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:

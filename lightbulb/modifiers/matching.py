@@ -21,4 +21,4 @@ def check_match(model: nn.Module, pattern: str) -> None:
     if any(matching_linears(model, pattern)):
         return
     names = [name for name, _ in matching_linears(model, "*")]
-    raise ValueError(f"match {pattern!r} names no linear layer; there are {', '.join(names[:8])}, ...")
+    raise ValueError(f"modifiers: match {pattern!r} names no linear layer; there are {', '.join(names[:8])}, ...")

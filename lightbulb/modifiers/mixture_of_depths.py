@@ -8,6 +8,8 @@ attend in their order and with their true positions. The gate ``g`` puts the rou
 Choosing the best of a sequence looks at its future, which a text that is still being written does not have. So a small
 predictor learns, from what the router sees and without touching the rest of the model, whether a token will be chosen;
 outside training it decides alone, token by token: evaluation and decoding are causal and agree with each other.
+
+Experts inside such a layer see its tokens only: the sums of their balance and z-losses run over these.
 """
 
 from dataclasses import replace
@@ -39,7 +41,7 @@ class DepthBlockConfig(BlockConfig):
 
     def chosen(self, length: int) -> int:
         """Tokens of a sequence that are processed in training."""
-        return max(1, int(self.capacity * length))
+        return max(1, int(self.capacity * length + 1e-9))  # 0.29 * 100 is a little less than 29
 
     def build(self, dim: int, context_length: int, norm_eps: float, dropout: float, init: Init) -> "DepthBlock":
         return DepthBlock(self, dim, context_length, norm_eps, dropout, init)
@@ -136,12 +138,16 @@ class MixtureOfDepthsConfig(ModifierConfig):
     def block(self, layer: int, config: BlockConfig) -> BlockConfig:
         if layer % self.every != self.every - 1:
             return config
-        for part in config.mixers().values():
+        for name, part in config.mixers().items():
             if not part.keeps_gaps:
                 raise ValueError(
                     f"modifiers: mixture_of_depths falls on layer {layer}, whose {part.type!r} needs every token; "
                     f"change every ({self.every}) or the block_pattern so that it falls on other layers"
                 )
+            try:
+                part.check_gaps()
+            except ValueError as error:
+                raise ValueError(f"modifiers: mixture_of_depths falls on layer {layer}: {name}.{error}") from None
         fields = {name: getattr(config, name) for name in type(config).model_fields}
         settings = self.model_dump(include={"capacity", "gate", "predictor_dim", "predictor_loss"})
         return DepthBlockConfig(**fields, **settings)

@@ -63,7 +63,10 @@ class NF4(nn.Module, Keeper):
         self.shares = self._grouped(shares.to(torch.uint8).flatten(-2)[..., :size]).contiguous()
         scales = self._scales()[..., None]
         middles = ((levels()[1:] + levels()[:-1]) / 2).to(values.device)
-        codes = torch.bucketize((blocks / scales).nan_to_num_(0.0, 0.0, 0.0), middles).to(torch.uint8)
+        # The largest of a block spans it, whatever its rounded scale says: written again, the scale is the same.
+        is_largest = blocks.abs() == blocks.abs().amax(-1, keepdim=True)
+        ratios = torch.where(is_largest, blocks.sign(), blocks / scales).nan_to_num_(0.0, 0.0, 0.0)
+        codes = torch.bucketize(ratios, middles).to(torch.uint8)
         first, second = codes.flatten(-2).unflatten(-1, (-1, 2)).unbind(-1)
         self.codes = first | second << 4
 

@@ -138,6 +138,13 @@ def values_of(parameter: Tensor) -> Tensor:
     return parameter if keeper is None else keeper.read(parameter.dtype)
 
 
+def stored_values(parameter: Tensor) -> Tensor:
+    """What checkpoints hold of a frozen parameter, in float32: read in a narrower dtype, a keeper's values would lose
+    the scales they are made of, and give other values when they are written back."""
+    keeper = keeper_of(parameter)
+    return (parameter if keeper is None else keeper.read(torch.float32)).detach().float()
+
+
 @torch.no_grad()
 def set_values(parameter: nn.Parameter, values: Tensor) -> None:
     """Give a local parameter, or its keeper, values of its local shape."""

@@ -166,7 +166,7 @@ class _SplineLinear(torch.autograd.Function):
         basis: Basis = ctx.basis
         matrix = weight.to(product_dtype(x))
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_rows, grad_matrix = torch.empty_like(rows), torch.empty_like(matrix)
+        grad_rows, grad_matrix = torch.empty_like(rows), torch.zeros_like(matrix)
         for part in _parts(rows, basis):
             incoming = grad[part].to(matrix.dtype)
             values, slopes, factor = basis.values_and_slopes(_wide(rows[part]))

@@ -25,7 +25,7 @@ from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.models.stack import Stage
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.noise import Noise
-from lightbulb.nn.parameter import initialise, logical_of, set_values, values_of
+from lightbulb.nn.parameter import initialise, logical_of, set_values, stored_values
 from lightbulb.parallel import megatron_cpu
 from lightbulb.parallel.collective import any_rank
 from lightbulb.parallel.host import Precision
@@ -195,7 +195,7 @@ class Engine:
         """Master weight and moments of the local parameter, gathered from its replicas (a collective over them). A
         frozen parameter has no moments, and is its own master."""
         if not parameter.requires_grad:
-            return {"master": values_of(parameter).detach().float()}
+            return {"master": stored_values(parameter)}
         state = read_state(parts(self.optimizer, parameter), parameter)
         if self.parallel.distributed_optimizer:
             for tensor in state.values():  # each element is nonzero on one replica, so the sum is exact

@@ -128,6 +128,6 @@ class Router(nn.Module):
     def set_load(self, selections: Tensor) -> None:
         """Take the global batch's selections per expert ``[E]`` as the load the next step balances against."""
         self.load.copy_(selections / selections.sum().clamp_min(1.0))
-        if self.config.bias_rate:
+        if self.config.bias_rate and self.weight.requires_grad:
             # From the counts: whether they are above the mean does not depend on how shares are rounded.
             self.bias += self.config.bias_rate * (selections.sum() - self.num_experts * selections).sign()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightbulb.nn.parameter import logical_of, values_of
+from lightbulb.nn.parameter import logical_of, stored_values
 from lightbulb.parallel.engine import Engine
 from lightbulb.parallel.optimizer import MOMENTS, parts
 
@@ -52,7 +52,7 @@ def owned_boxes(engine: Engine) -> Iterator[Box]:
             continue
         origin = tuple(side.start for side in logical.slices())
         if part is None:
-            yield Box("model", name, logical.shape, origin, values_of(parameter).detach().float())
+            yield Box("model", name, logical.shape, origin, stored_values(parameter))
             continue
         master = part.master.detach().flatten()
         state = part.optimizer.state[part.master]

@@ -199,7 +199,7 @@ def start_from(engine: Engine, checkpoint: Checkpoint) -> list[str]:
         the parameters of this rank that the checkpoint lacks; they keep their initial values.
 
     Raises:
-        CheckpointError: a parameter has another shape there, or there is none in common.
+        CheckpointError: a parameter has another shape there, there is none in common, or one that is frozen is missing.
     """
     missing, found = [], 0
     for name, parameter in engine.all_parameters():
@@ -215,6 +215,12 @@ def start_from(engine: Engine, checkpoint: Checkpoint) -> list[str]:
             router.bias.copy_(checkpoint.read(f"{name}.bias", (slice(0, len(router.bias)),), tuple(router.bias.shape)))
     if not found:
         raise CheckpointError(f"{checkpoint.folder}: has no parameter of this model; name a run of the same blocks")
+    frozen = [name for name, p in engine.all_parameters() if name in missing and not p.requires_grad]
+    if frozen:
+        raise CheckpointError(
+            f"{checkpoint.folder}: has no {frozen[0]!r} ({len(frozen)} in all), which is frozen: it would stay as "
+            "it was drawn; start from a run that has it"
+        )
     return missing
 
 

@@ -122,7 +122,7 @@ def poisoned(model: nn.Module, step: int) -> Iterator[None]:
     if is_planted("nan", "step", step) is None:
         yield
         return
-    hook = next(model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    hook = next(p for p in model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * math.nan)
     try:
         yield
     finally:

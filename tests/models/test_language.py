@@ -234,3 +234,26 @@ def test_a_block_may_do_without_a_channel_mixer() -> None:
 def test_a_mixer_that_sees_the_future_makes_no_language_model(token: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"block_pattern.0.token: \w+ is set to see the future"):
         config_of("dense", block_pattern=[{"token": token, "channel": MLP}])
+
+
+def test_gist_tokens_want_parts_that_carry_nothing_past_them() -> None:
+    dense = {"token": ATTENTION, "channel": MLP}
+    config_of("dense", gist_token_id=3)
+    mamba = {"token": {"type": "mamba", "head_dim": 8}, "channel": MLP}
+    with pytest.raises(ConfigError, match="first_blocks.0.token of type 'mamba' carries a prompt past"):
+        config_of("dense", num_layers=5, first_blocks=[mamba], gist_token_id=3)
+    lory = {"token": ATTENTION, "channel": {"type": "lory", "num_experts": 2, "hidden_dim": 8}}
+    with pytest.raises(ConfigError, match="block_pattern.1.channel of type 'lory' carries a prompt past"):
+        config_of("dense", block_pattern=[dense, lory], gist_token_id=3)
+
+
+def test_heads_that_follow_from_the_width_are_checked() -> None:
+    config = config_of("dense", block_pattern=[{"token": {"type": "mamba", "head_dim": 32}, "channel": MLP}])
+    for degrees in (Degrees(tensor=2), Degrees(ulysses=2)):
+        with pytest.raises(ValueError, match="block_pattern.0.token.head_dim 32 makes 1 heads"):
+            config.check_parallel(degrees)
+
+
+def test_more_first_blocks_than_layers() -> None:
+    with pytest.raises(ConfigError, match="first_blocks has 5 blocks, more than num_layers 4; remove some"):
+        config_of("dense", first_blocks=[{"token": ATTENTION, "channel": MLP}] * 5)

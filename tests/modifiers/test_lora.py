@@ -17,7 +17,7 @@ from lightbulb.nn.grouped import GroupedLinear
 from lightbulb.nn.groups import SINGLE
 from lightbulb.nn.linear import ColumnParallelLinear, SplitLinear
 from lightbulb.nn.nf4 import NF4, levels
-from lightbulb.nn.parameter import initialise, set_values, values_of
+from lightbulb.nn.parameter import initialise, set_values, stored_values, values_of
 
 ATTENTION = {"type": "attention", "num_heads": 4}
 SWITCH = {"type": "switch", "num_experts": 4, "hidden_dim": 64, "shared_hidden_dim": 64}
@@ -310,3 +310,20 @@ def test_four_bits_where_layers_multiply_in_a_way_of_their_own(channel: dict[str
     close(kept(tokens()), base(tokens()))
     kept(tokens()).square().sum().backward()
     assert all(adapter.b.grad is not None and adapter.b.grad.any() for adapter in adapters(kept))
+
+
+@pytest.mark.parametrize("has_split_input", [False, True])
+@pytest.mark.parametrize("outlier", [0.02, 6.0])
+def test_equality_four_bits_of_a_bfloat16_model_survive_checkpoints(has_split_input: bool, outlier: float) -> None:
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(2)) * 0.02
+    weight[:, 5] = outlier
+    kept = NF4(has_split_input)
+    kept.write(weight)
+    before = kept.read(torch.bfloat16)
+    parameter = nn.Parameter(torch.empty(0, dtype=torch.bfloat16), requires_grad=False)
+    parameter.keeper = kept  # type: ignore[attr-defined]
+    stored = stored_values(parameter)
+    assert stored.dtype == torch.float32
+    kept.write(stored)
+    assert torch.equal(kept.read(torch.bfloat16), before)
+    assert torch.equal(stored_values(parameter), stored)

@@ -212,3 +212,14 @@ def test_what_it_cannot_do_is_said() -> None:
     infini = {"token": {"type": "infini", "num_heads": 2, "segment_length": 4}, "channel": BLOCK["channel"]}
     with pytest.raises(ConfigError, match=r"falls on layer 1, whose 'infini' needs every token; change every \(2\)"):
         build(changes={"block_pattern": [infini]})
+
+
+def test_a_kernel_that_takes_no_gaps_is_refused() -> None:
+    block = {"token": BLOCK["token"] | {"backend": "flash"}, "channel": BLOCK["channel"]}
+    with pytest.raises(ConfigError, match="falls on layer 1: token.backend 'flash' takes no positions"):
+        build(changes={"block_pattern": [block]})
+
+
+def test_capacity_of_exact_products_is_not_rounded_down() -> None:
+    config = depth_block(capacity=0.29).config
+    assert [config.chosen(length) for length in (100, 99, 7)] == [29, 28, 2]

@@ -108,7 +108,10 @@ class RoutedConfig(ChannelMixerConfig):
             raise ValueError(
                 f"num_experts {self.num_experts} cannot be split over parallel.expert {expert}; choose a divisor"
             )
-        self.each().check_tensor_parallel(expert_tensor)
+        try:
+            self.each().check_tensor_parallel(expert_tensor)
+        except ValueError as error:
+            raise ValueError(f"{'' if self.expert is None else 'expert.'}{error}") from None
 
 
 @register("channel_mixer", "switch")

@@ -126,6 +126,13 @@ class MambaConfig(TokenMixerConfig):
                 f"{ulysses}; choose a multiple of {tensor * ulysses}, or one group that all ranks share"
             )
 
+    def check_width(self, dim: int, tensor: int, ulysses: int) -> None:
+        if self.heads(dim) % (tensor * ulysses):
+            raise ValueError(
+                f"head_dim {self.head_dim} makes {self.heads(dim)} heads, which cannot be split over parallel.tensor "
+                f"{tensor} x parallel.ulysses {ulysses}; make it smaller"
+            )
+
     def log_rates(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Initial logarithms of the rates (A_log), uniform in the rate."""
         return torch.empty(shape).uniform_(*self.rate_range, generator=generator).log_()
