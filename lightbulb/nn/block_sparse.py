@@ -64,8 +64,8 @@ class Sight:
         if self.sinks is not None:
             within |= key < self.sinks[..., None]
         if self.stride is not None:
-            own = (self.stop[..., None] - 1) // block_size
-            within |= (own - key // block_size) % self.stride == 0
+            back = (self.stop[..., None] - 1) // block_size - key // block_size
+            within |= (back > 0) & (back % self.stride == 0)
         return allowed & within
 
 
@@ -199,7 +199,8 @@ def list_tiles(sight: Sight, keys: int, block_size: int) -> Tiles:
     if bounds.near is not None:
         anyway = torch.zeros_like(some)
         if sight.stride is not None:
-            anyway |= (torch.arange(rows, device=first.device)[:, None] - first // block_size) % sight.stride == 0
+            back = torch.arange(rows, device=first.device)[:, None] - first // block_size
+            anyway |= (back > 0) & (back % sight.stride == 0)
         inside = anyway | (first >= _most(bounds.near))
         within = anyway | (behind > _least(bounds.near))
         if bounds.sinks is not None:

@@ -145,6 +145,15 @@ def test_equality_whatever_fits_one_product(monkeypatch: pytest.MonkeyPatch) -> 
     assert_same(block_sparse_attention(*inputs, tiles), whole, inputs)
 
 
+def test_equality_stride_opens_blocks_behind_the_own_one_only() -> None:
+    inputs, sight = heads(12), band(12, 2, stride=2)
+    wanted = torch.tensor([[n - 2 < m <= n or n // 4 - m // 4 == 2 for m in range(12)] for n in range(12)])
+    assert torch.equal(sight.mask(12, 4)[0], wanted)
+    assert_same(block_sparse_attention(*inputs, list_tiles(sight, 12, 4)), dense(*inputs, wanted[None]), inputs)
+    config = BlockSparseConfig(num_heads=4, block_size=4, window=2, stride=2)
+    assert config.visible(12) == pytest.approx(float(wanted.sum() / 12))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", SIGHTS)
 def test_tiles_are_listed_that_hold_a_visible_pair_and_full_where_all_are(name: str, packed: bool) -> None:
