@@ -107,8 +107,9 @@ def score(module: Attention, query: Tensor, key: Tensor, n: int, m: int, head: i
     if k is None:
         return product / math.sqrt(width)
     kv_head = head // (config.num_heads // config.kv_heads)
-    as_key = module.key.weight.unflatten(0, (-1, width))[kv_head] @ module.relative[min(max(n - m + k, 0), 2 * k - 1)]
-    as_query = module.query.weight.unflatten(0, (-1, width))[head] @ module.relative[min(max(m - n + k, 0), 2 * k - 1)]
+    ahead, back = (module.relative[min(max(d + k, 0), 2 * k - 1)] for d in (distance, -distance))
+    as_key = module.key.weight.unflatten(0, (-1, width))[kv_head] @ ahead
+    as_query = module.query.weight.unflatten(0, (-1, width))[head] @ back
     return (product + query @ as_key + key @ as_query) / math.sqrt(3 * width)
 
 
@@ -353,6 +354,13 @@ def test_equality_zero_table_is_content_only(causal: bool) -> None:
     with torch.no_grad():
         content.query_norm.weight.div_(3**0.5)
     assert (run(module, x) - run(content, x)).abs().max() < 1e-12
+
+
+def test_relative_positions_past_the_longest_distance_are_not_used() -> None:
+    module, x = mixer(NO_TURN | {"relative_positions": 6, "max_distance": 3, "num_global": 1}), inputs()
+    (grad,) = torch.autograd.grad(run(module, x).square().sum(), module.relative)
+    used = (grad != 0).any(1).nonzero()[:, 0] - 6
+    assert used.tolist() == [-3, -2, -1, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("options", [*OPTIONS.values(), *ENCODERS.values()], ids=[*OPTIONS, *ENCODERS])
