@@ -424,6 +424,7 @@ def test_tiles_of_one_pattern_are_listed_once() -> None:
     [
         ({"num_buckets": 4}, "num_buckets 4 has no effect with pattern 'band'; set pattern: hash"),
         ({"pattern": "hash", "num_buckets": 4, "window": 8}, "window 8 has no effect with pattern 'hash'"),
+        ({"hash_seed": 0}, "hash_seed 0 has no effect with pattern 'band'; set pattern: hash"),
         ({"num_global": 4}, "num_global 4 has no effect without a window; set window"),
         ({"pattern": "hash"}, "pattern 'hash' needs num_buckets; set num_buckets: 16"),
         ({"pattern": "hash", "num_buckets": 5}, "num_buckets 5 is odd.* choose 6"),
