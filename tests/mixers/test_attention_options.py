@@ -122,8 +122,8 @@ def sharpened(scores: Tensor) -> Tensor:
 
 
 def by_pairs(module: Attention, x: Tensor, ids: Tensor | None = None) -> Tensor:
-    config, (length, batch, _) = module.config, x.shape
-    width = config.width(DIM)
+    config, (length, batch, dim) = module.config, x.shape
+    width = config.width(dim)
     query, key, value = (
         (x @ part.weight.t()).unflatten(-1, (-1, width)) for part in (module.query, module.key, module.value)
     )
@@ -637,6 +637,17 @@ def test_gists_are_looked_up_by_true_position() -> None:
 def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config(AttentionConfig, {"num_heads": 4} | options)
+
+
+def test_only_rotated_heads_need_an_even_width() -> None:
+    with pytest.raises(ValueError, match="dim 12 .* 4 heads of even width; .* multiple of 8"):
+        AttentionConfig(num_heads=4).cost(12, 8)
+    with pytest.raises(ValueError, match="dim 14 .* 4 heads of equal width; .* multiple of 4"):
+        AttentionConfig(num_heads=4, rope_theta=None).cost(14, 8)
+    module = AttentionConfig(num_heads=4, rope_theta=None).build(12, 8, Init(0.4, 0.4))
+    initialise(module, 0)
+    x = torch.randn(5, 1, 12)
+    assert torch.allclose(run(module, x), by_pairs(module, x), atol=1e-5)
 
 
 def test_an_encoder_has_nothing_to_decode() -> None:
