@@ -12,6 +12,7 @@ from lightbulb.config import ConfigError, build_config
 from lightbulb.mixers.base import Context
 from lightbulb.mixers.token.block_sparse import BlockSparse, BlockSparseConfig, band_tiles
 from lightbulb.nn import block_sparse as core
+from lightbulb.nn import precision
 from lightbulb.nn.attention import causal_attention
 from lightbulb.nn.block_sparse import FULL, Sight, Tiles, block_sparse_attention, list_tiles
 from lightbulb.nn.documents import run_starts
@@ -112,6 +113,21 @@ def test_equality_more_keys_than_queries() -> None:
 def test_gradients_are_those_of_the_values() -> None:
     inputs, tiles = heads(6, 2, 1), list_tiles(band(6, 2, 1, 2, packed=True), 6, 2)
     assert torch.autograd.gradcheck(lambda *inputs: block_sparse_attention(*inputs, tiles), inputs)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("name", ["causal", "window", "all"])
+def test_core_in_bfloat16_is_within_rounding(name: str, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_amx", lambda: amx)
+    sight, lower = SIGHTS[name](300, False), [t.detach().bfloat16().requires_grad_() for t in heads(300)]
+    exact = [t.detach().double().requires_grad_() for t in lower]
+    found = block_sparse_attention(*lower, list_tiles(sight, 300, 8))
+    wanted = dense(*exact, sight.mask(300, 8))
+    grad = torch.randn_like(found)
+    results = [found, *torch.autograd.grad(found, lower, grad)]
+    for ours, theirs in zip(results, [wanted, *torch.autograd.grad(wanted, exact, grad.double())], strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - theirs).norm() < 2**-8 * theirs.norm()  # what one rounding to bfloat16 can make
 
 
 @pytest.mark.parametrize("window", [None, 40, 1000])
