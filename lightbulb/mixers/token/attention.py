@@ -161,7 +161,7 @@ class AttentionConfig(TokenMixerConfig):
         sinks = self.num_heads if self.sink == "learned" else 0
         relative = 2 * (self.relative_positions or 0)
         params = matrices + norms + sinks + relative * dim
-        # Scores and weighted values.
+        # Scores and weighted values, of visible pairs only: kernels form more of them and hide the rest.
         attended = 4.0 * self.num_heads * width * self.rule.mean_seen(context_length)
         # Each query and each key by every relative position, which are projected once for a context.
         by_position = 4.0 * self.num_heads * width * relative
