@@ -42,6 +42,8 @@ class Context:
         recompute: what the backward runs again.
         gist: ``[batch, positions]`` bool or None: which tokens of the whole sequences, by true position, are gist
             tokens. They stand for what is before them, which tokens after them do not see.
+        ages: ``[batch, length]`` positions from the start of each token's document, given where there are documents
+            and tokens are left out, perhaps the first of a document; None where ``document_ids`` tells.
     """
 
     positions: Tensor
@@ -52,6 +54,7 @@ class Context:
     place: str = ""
     recompute: Recompute = "none"
     gist: Tensor | None = None
+    ages: Tensor | None = None
 
     def at(self, name: str) -> "Context":
         """The context of a part inside this one."""

@@ -24,6 +24,7 @@ from lightbulb.config import Cost
 from lightbulb.mixers.base import Context, Facts
 from lightbulb.models.block import Block, BlockConfig, BlockState
 from lightbulb.models.modifier import ModifierConfig
+from lightbulb.nn.documents import run_starts
 from lightbulb.nn.parameter import Init, Logical, make_parameter
 from lightbulb.registry import register
 from lightbulb.routing.balance import attach_loss
@@ -174,11 +175,9 @@ def where(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 def _narrow(context: Context, index: Tensor, present: Tensor | None) -> Context:
     """The context of the chosen tokens."""
-    documents = context.document_ids
-    return replace(
-        context,
-        positions=context.positions[index],
-        document_ids=None if documents is None else documents.gather(1, index.t()),
-        present=present,
-        rows=index,
-    )
+    documents, ages = context.document_ids, None
+    if documents is not None:
+        ages = (torch.arange(documents.shape[1], device=index.device) - run_starts(documents)).gather(1, index.t())
+        documents = documents.gather(1, index.t())
+    positions = context.positions[index]
+    return replace(context, positions=positions, document_ids=documents, present=present, rows=index, ages=ages)

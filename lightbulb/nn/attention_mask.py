@@ -162,8 +162,10 @@ class Visibility:
         return self.block(slice(None), slice(None))
 
     def distances(self) -> Tensor:
-        """``[batch or 1, 1, queries, keys]``: position of the query less that of the key."""
-        return self.query.positions[:, None, :, None] - self.key.positions[:, None, None, :]
+        """``[batch or 1, 1, queries, keys]``: position of the query less that of the key, but no more than the rule's
+        longest distance."""
+        apart = self.query.positions[:, None, :, None] - self.key.positions[:, None, None, :]
+        return apart if self.rule.max_distance is None else apart.clamp(max=self.rule.max_distance)
 
     def at(self, sample: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Whether one query sees one key, for FlexAttention, which traces this with scalars."""

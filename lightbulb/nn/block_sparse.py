@@ -64,8 +64,8 @@ class Sight:
         if self.sinks is not None:
             within |= key < self.sinks[..., None]
         if self.stride is not None:
-            own = (self.stop[..., None] - 1) // block_size
-            within |= (own - key // block_size) % self.stride == 0
+            back = (self.stop[..., None] - 1) // block_size - key // block_size
+            within |= (back > 0) & (back % self.stride == 0)
         return allowed & within
 
 
@@ -199,7 +199,8 @@ def list_tiles(sight: Sight, keys: int, block_size: int) -> Tiles:
     if bounds.near is not None:
         anyway = torch.zeros_like(some)
         if sight.stride is not None:
-            anyway |= (torch.arange(rows, device=first.device)[:, None] - first // block_size) % sight.stride == 0
+            back = torch.arange(rows, device=first.device)[:, None] - first // block_size
+            anyway |= (back > 0) & (back % sight.stride == 0)
         inside = anyway | (first >= _most(bounds.near))
         within = anyway | (behind > _least(bounds.near))
         if bounds.sinks is not None:
@@ -259,7 +260,8 @@ class _TileAttention(torch.autograd.Function):
     A row's keys are all in one product, so its softmax needs no running maximum; the backward repeats it from the
     scores instead of keeping probabilities, so that memory grows with the length only. (Kernels keep each row's
     log-sum-exp for that. Here ``exp(score - logsumexp)`` would cost more than a softmax: the exponential of a hidden
-    pair underflows, which is 10 to 100 times slower.)
+    pair underflows, which is 10 to 100 times slower.) Scores, what is made of them row by row and the sums over queries
+    are in float32 at least; what goes into a product is in the fastest dtype.
     """
 
     @staticmethod
@@ -270,7 +272,7 @@ class _TileAttention(torch.autograd.Function):
         result = torch.zeros_like(q)
         for part in _parts(tiles, q, k):
             weights = part.weights(part.take_rows(q), part.take_columns(k))
-            part.put_rows(result, torch.bmm(weights, part.take_columns(v)))
+            part.put_rows(result, torch.bmm(weights.to(dtype), part.take_columns(v)))
         result = _from_query_tiles(result, query.shape, key.shape[1])
         if tiles.sightless is not None:
             result.masked_fill_(_sightless(tiles, query), 0)
@@ -287,13 +289,15 @@ class _TileAttention(torch.autograd.Function):
         if tiles.sightless is not None:
             grad = grad.masked_fill(_sightless(tiles, grad), 0)
         grad = _query_tiles(grad, key_shape[1], tiles.block_size)
-        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_q = torch.zeros_like(q)
+        grad_k, grad_v = (torch.zeros_like(t, dtype=_wide(t)) for t in (k, v))
         for part in _parts(tiles, q, k):
             rows, keys, incoming = part.take_rows(q), part.take_columns(k), part.take_rows(grad)
             weights = part.weights(rows, keys)
-            part.add_columns(grad_v, torch.bmm(weights.transpose(1, 2), incoming))
-            grad_scores = torch.bmm(incoming, part.take_columns(v).transpose(1, 2))
-            torch.ops.aten._softmax_backward_data.out(grad_scores, weights, -1, q.dtype, grad_input=grad_scores)
+            part.add_columns(grad_v, torch.bmm(weights.to(q.dtype).transpose(1, 2), incoming))
+            wide = _wide_product(incoming, part.take_columns(v))
+            torch.ops.aten._softmax_backward_data.out(wide, weights, -1, wide.dtype, grad_input=wide)
+            grad_scores = wide.to(q.dtype)
             part.put_rows(grad_q, torch.bmm(grad_scores, keys))
             part.add_columns(grad_k, torch.bmm(grad_scores.transpose(1, 2), rows))
         grad_q = _from_query_tiles(grad_q, query_shape, key_shape[1]) * query_shape[3] ** -0.5
@@ -327,11 +331,11 @@ class _Part:
 
     def add_columns(self, total: Tensor, x: Tensor) -> None:
         """Add what :meth:`take_columns` would give."""
-        total.index_add_(0, self.columns.flatten(), x.view(-1, *total.shape[1:]))
+        total.index_add_(0, self.columns.flatten(), x.view(-1, *total.shape[1:]).to(total.dtype))
 
     def weights(self, rows: Tensor, keys: Tensor) -> Tensor:
         """The softmax of the rows' scores: ``[rows, queries, count * block_size]``."""
-        scores = torch.bmm(rows, keys.transpose(1, 2))
+        scores = _wide_product(rows, keys)
         for place, bias in self.biases.items():
             block = bias.shape[2]
             by_head = scores.view(len(scores), -1, block, scores.shape[2])[..., place * block : (place + 1) * block]
@@ -381,12 +385,22 @@ def _parts(tiles: Tiles, q: Tensor, k: Tensor) -> Iterator[_Part]:
         mask_rows, entries = group.rows.repeat(heads), group.entries.repeat(heads, 1)
         step = max(1, _SCORES // (columns.shape[1] * q.shape[1] * k.shape[1]))
         for here in _cuts(len(rows), step, len(group.rows) if group.slides else len(rows)):
-            biases = {c: tiles.bias(mask_rows[here], entries[here, c], q.dtype) for c in group.masked}
+            biases = {c: tiles.bias(mask_rows[here], entries[here, c], _wide(q)) for c in group.masked}
             if group.slides:
                 origin = int(rows[here.start]), int(columns[here.start, 0])
                 yield _SlidingPart(rows[here], columns[here], biases, *origin)
             else:
                 yield _Part(rows[here], columns[here], biases)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of scores and sums."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """``x y^T`` of batches, unrounded: in bfloat16 the differences in a softmax, and in its gradient, would be lost."""
+    return torch.bmm(x.to(_wide(x)), y.to(_wide(y)).transpose(1, 2))
 
 
 def _cuts(length: int, step: int, unit: int) -> Iterator[slice]:

@@ -4,7 +4,9 @@
 ``a_t <= 0`` that is constant per head (retention, Sun et al. 2023, arXiv:2307.08621) or depends on the token (Mamba-2,
 Dao and Gu 2024, arXiv:2405.21060). :func:`parallel` is quadratic in the length, :func:`recurrent` goes token by token,
 and :func:`chunkwise`, what training uses, is quadratic inside chunks and passes states between them. All three agree,
-also in where they forget: a document's first token drops the state before it, exactly and with finite gradients.
+also in where they forget: a document's first token drops the state before it, exactly and with finite gradients. Only
+the sums of token-dependent decays in :func:`chunkwise` run through all documents of a chunk: another document can
+change their last digits, those of float64 in results and those of the state's dtype in the decays' gradient.
 
 Shapes, everywhere: ``query, key [batch, groups, length, state]``, each group serving ``heads / groups`` consecutive
 heads; ``value [batch, heads, length, width]``; ``log_decay [heads]`` or ``[batch, heads, length]``; ``starts [batch,

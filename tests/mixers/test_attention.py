@@ -169,7 +169,7 @@ def test_decode_equals_forward(chunks: list[int]) -> None:
         assert torch.allclose(torch.cat(parts), run(module, x), atol=1e-12)
 
 
-def test_what_is_not_finite_does_not_reach_earlier_tokens_or_other_samples() -> None:
+def test_what_is_not_finite_stays_in_its_sample_and_shows_from_its_token_on() -> None:
     module, x = mixer(), torch.randn(6, 2, DIM, dtype=torch.float64)
     broken = x.clone()
     broken[4, 1] = float("nan")

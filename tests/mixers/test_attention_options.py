@@ -107,8 +107,9 @@ def score(module: Attention, query: Tensor, key: Tensor, n: int, m: int, head: i
     if k is None:
         return product / math.sqrt(width)
     kv_head = head // (config.num_heads // config.kv_heads)
-    as_key = module.key.weight.unflatten(0, (-1, width))[kv_head] @ module.relative[min(max(n - m + k, 0), 2 * k - 1)]
-    as_query = module.query.weight.unflatten(0, (-1, width))[head] @ module.relative[min(max(m - n + k, 0), 2 * k - 1)]
+    ahead, back = (module.relative[min(max(d + k, 0), 2 * k - 1)] for d in (distance, -distance))
+    as_key = module.key.weight.unflatten(0, (-1, width))[kv_head] @ ahead
+    as_query = module.query.weight.unflatten(0, (-1, width))[head] @ back
     return (product + query @ as_key + key @ as_query) / math.sqrt(3 * width)
 
 
@@ -121,8 +122,8 @@ def sharpened(scores: Tensor) -> Tensor:
 
 
 def by_pairs(module: Attention, x: Tensor, ids: Tensor | None = None) -> Tensor:
-    config, (length, batch, _) = module.config, x.shape
-    width = config.width(DIM)
+    config, (length, batch, dim) = module.config, x.shape
+    width = config.width(dim)
     query, key, value = (
         (x @ part.weight.t()).unflatten(-1, (-1, width)) for part in (module.query, module.key, module.value)
     )
@@ -353,6 +354,13 @@ def test_equality_zero_table_is_content_only(causal: bool) -> None:
     with torch.no_grad():
         content.query_norm.weight.div_(3**0.5)
     assert (run(module, x) - run(content, x)).abs().max() < 1e-12
+
+
+def test_relative_positions_past_the_longest_distance_are_not_used() -> None:
+    module, x = mixer(NO_TURN | {"relative_positions": 6, "max_distance": 3, "num_global": 1}), inputs()
+    (grad,) = torch.autograd.grad(run(module, x).square().sum(), module.relative)
+    used = (grad != 0).any(1).nonzero()[:, 0] - 6
+    assert used.tolist() == [-3, -2, -1, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("options", [*OPTIONS.values(), *ENCODERS.values()], ids=[*OPTIONS, *ENCODERS])
@@ -629,6 +637,17 @@ def test_gists_are_looked_up_by_true_position() -> None:
 def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config(AttentionConfig, {"num_heads": 4} | options)
+
+
+def test_only_rotated_heads_need_an_even_width() -> None:
+    with pytest.raises(ValueError, match="dim 12 .* 4 heads of even width; .* multiple of 8"):
+        AttentionConfig(num_heads=4).cost(12, 8)
+    with pytest.raises(ValueError, match="dim 14 .* 4 heads of equal width; .* multiple of 4"):
+        AttentionConfig(num_heads=4, rope_theta=None).cost(14, 8)
+    module = AttentionConfig(num_heads=4, rope_theta=None).build(12, 8, Init(0.4, 0.4))
+    initialise(module, 0)
+    x = torch.randn(5, 1, 12)
+    assert torch.allclose(run(module, x), by_pairs(module, x), atol=1e-5)
 
 
 def test_an_encoder_has_nothing_to_decode() -> None:

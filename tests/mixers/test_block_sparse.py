@@ -12,6 +12,7 @@ from lightbulb.config import ConfigError, build_config
 from lightbulb.mixers.base import Context
 from lightbulb.mixers.token.block_sparse import BlockSparse, BlockSparseConfig, band_tiles
 from lightbulb.nn import block_sparse as core
+from lightbulb.nn import precision
 from lightbulb.nn.attention import causal_attention
 from lightbulb.nn.block_sparse import FULL, Sight, Tiles, block_sparse_attention, list_tiles
 from lightbulb.nn.documents import run_starts
@@ -114,6 +115,21 @@ def test_gradients_are_those_of_the_values() -> None:
     assert torch.autograd.gradcheck(lambda *inputs: block_sparse_attention(*inputs, tiles), inputs)
 
 
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("name", ["causal", "window", "all"])
+def test_core_in_bfloat16_is_within_rounding(name: str, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_amx", lambda: amx)
+    sight, lower = SIGHTS[name](300, False), [t.detach().bfloat16().requires_grad_() for t in heads(300)]
+    exact = [t.detach().double().requires_grad_() for t in lower]
+    found = block_sparse_attention(*lower, list_tiles(sight, 300, 8))
+    wanted = dense(*exact, sight.mask(300, 8))
+    grad = torch.randn_like(found)
+    results = [found, *torch.autograd.grad(found, lower, grad)]
+    for ours, theirs in zip(results, [wanted, *torch.autograd.grad(wanted, exact, grad.double())], strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - theirs).norm() < 2**-8 * theirs.norm()  # what one rounding to bfloat16 can make
+
+
 @pytest.mark.parametrize("window", [None, 40, 1000])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equality_full_mask_and_wide_window_are_causal_attention(window: int | None, kv_heads: int) -> None:
@@ -143,6 +159,15 @@ def test_equality_whatever_fits_one_product(monkeypatch: pytest.MonkeyPatch) -> 
     whole = block_sparse_attention(*inputs, tiles)
     monkeypatch.setattr(core, "_SCORES", 200)
     assert_same(block_sparse_attention(*inputs, tiles), whole, inputs)
+
+
+def test_equality_stride_opens_blocks_behind_the_own_one_only() -> None:
+    inputs, sight = heads(12), band(12, 2, stride=2)
+    wanted = torch.tensor([[n - 2 < m <= n or n // 4 - m // 4 == 2 for m in range(12)] for n in range(12)])
+    assert torch.equal(sight.mask(12, 4)[0], wanted)
+    assert_same(block_sparse_attention(*inputs, list_tiles(sight, 12, 4)), dense(*inputs, wanted[None]), inputs)
+    config = BlockSparseConfig(num_heads=4, block_size=4, window=2, stride=2)
+    assert config.visible(12) == pytest.approx(float(wanted.sum() / 12))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -415,6 +440,7 @@ def test_tiles_of_one_pattern_are_listed_once() -> None:
     [
         ({"num_buckets": 4}, "num_buckets 4 has no effect with pattern 'band'; set pattern: hash"),
         ({"pattern": "hash", "num_buckets": 4, "window": 8}, "window 8 has no effect with pattern 'hash'"),
+        ({"hash_seed": 0}, "hash_seed 0 has no effect with pattern 'band'; set pattern: hash"),
         ({"num_global": 4}, "num_global 4 has no effect without a window; set window"),
         ({"pattern": "hash"}, "pattern 'hash' needs num_buckets; set num_buckets: 16"),
         ({"pattern": "hash", "num_buckets": 5}, "num_buckets 5 is odd.* choose 6"),

@@ -143,6 +143,19 @@ def test_documents_do_not_see_each_other() -> None:
     assert torch.allclose(before[:, 5:], after[:, 5:], atol=1e-10) and not torch.allclose(before[:, :5], after[:, :5])
 
 
+def test_equality_packed_documents_are_documents_alone_when_their_first_tokens_are_left_out() -> None:
+    token = BLOCK["token"] | {"max_distance": 1, "num_global": 3}
+    block = depth_block(changes={"block_pattern": [BLOCK | {"token": token}]}).eval()
+    choose_by_first_feature(block, always=False)
+    x, documents = hidden(), (torch.arange(LENGTH) >= 4).long().expand(3, -1)
+    x[:, :, 0] = 1.0
+    x[4:6, :, 0] = -1.0  # of the three global tokens of the second document only the last goes through the layer
+    whole = block(x, context(documents=documents))[0]
+    for part in (slice(4), slice(4, LENGTH)):
+        alone = block(x[part], context(len(x[part])))[0]
+        assert torch.allclose(whole[part], alone, atol=1e-6)  # rotary angles are float32
+
+
 @pytest.mark.parametrize("chunks", [[1] * LENGTH, [6, 1, 1, 3], [LENGTH]], ids=str)
 def test_equality_decode_is_forward(chunks: list[int]) -> None:
     model, ids = build().eval(), tokens()
@@ -180,13 +193,13 @@ def test_the_predictor_learns_whom_the_router_chooses() -> None:
 
 
 def choose_by_first_feature(block: Any, always: bool) -> None:
-    """A predictor that takes all tokens: the sum of two units of opposite sign is positive."""
-    assert always
+    """A predictor that takes the tokens whose first feature is positive, or (always) all: ``silu(a) - silu(-a)`` is a,
+    ``silu(a) + silu(-a)`` is positive."""
     with torch.no_grad():
         block.depth_predictor.hidden.zero_()
         block.depth_predictor.hidden[0, 0], block.depth_predictor.hidden[1, 0] = 1.0, -1.0
         block.depth_predictor.output.zero_()
-        block.depth_predictor.output[:2] = 1.0
+        block.depth_predictor.output[0], block.depth_predictor.output[1] = 1.0, 1.0 if always else -1.0
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])

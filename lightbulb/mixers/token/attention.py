@@ -134,14 +134,16 @@ class AttentionConfig(TokenMixerConfig):
         """Width of one head for a model width.
 
         Raises:
-            ValueError: ``dim`` does not divide into an even head width.
+            ValueError: ``dim`` does not divide into a head width, which the rotation needs to be even.
         """
         if self.head_dim is not None:
             return self.head_dim
-        if dim % (2 * self.num_heads):
+        even = 1 if self.rope_theta is None else 2
+        if dim % (even * self.num_heads):
+            width = "of even width" if even > 1 else "of equal width"
             raise ValueError(
-                f"dim {dim} does not divide into num_heads {self.num_heads} heads of even width; "
-                f"set head_dim or choose a dim that is a multiple of {2 * self.num_heads}"
+                f"dim {dim} does not divide into num_heads {self.num_heads} heads {width}; "
+                f"set head_dim or choose a dim that is a multiple of {even * self.num_heads}"
             )
         return dim // self.num_heads
 
@@ -159,7 +161,7 @@ class AttentionConfig(TokenMixerConfig):
         sinks = self.num_heads if self.sink == "learned" else 0
         relative = 2 * (self.relative_positions or 0)
         params = matrices + norms + sinks + relative * dim
-        # Scores and weighted values.
+        # Scores and weighted values, of visible pairs only: kernels form more of them and hide the rest.
         attended = 4.0 * self.num_heads * width * self.rule.mean_seen(context_length)
         # Each query and each key by every relative position, which are projected once for a context.
         by_position = 4.0 * self.num_heads * width * relative

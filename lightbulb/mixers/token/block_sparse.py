@@ -39,7 +39,14 @@ from lightbulb.nn.rope import rotary_angles, rotate
 from lightbulb.nn.ulysses import gather_heads, scatter_heads
 from lightbulb.registry import register
 
-_OWN_FIELDS = {"window": "band", "stride": "band", "num_global": "band", "num_buckets": "hash", "drop": "qk"}
+_OWN_FIELDS = {
+    "window": "band",
+    "stride": "band",
+    "num_global": "band",
+    "num_buckets": "hash",
+    "hash_seed": "hash",
+    "drop": "qk",
+}
 
 
 @register("token_mixer", "block_sparse")
@@ -66,8 +73,8 @@ class BlockSparseConfig(HeadsConfig):
     """band: blocks 1, 2, ... times this far back stay visible."""
     num_buckets: int | None = Field(None, ge=1)
     """hash: buckets per head; 1 or an even number."""
-    hash_seed: int = 0
-    """hash: seed of the rotations, which are the same in every layer and never change."""
+    hash_seed: int | None = None
+    """hash: seed of the rotations, which are the same in every layer and never change; None for 0."""
     drop: float | None = Field(None, ge=0, lt=1)
     """qk: part of the queries, and of the keys, that each head drops in training."""
     qk_norm: bool = False
@@ -247,7 +254,7 @@ def _run(context: Context, core: Callable[..., Tensor], *args: Any) -> Tensor:
 def _rotation(config: BlockSparseConfig, width: int) -> Tensor:
     """``[num_heads, width, num_buckets / 2]``, a function of the seed alone: orthogonal directions as far as the width
     allows, so that no bucket is much wider than another."""
-    generator = torch.Generator().manual_seed(config.hash_seed)
+    generator = torch.Generator().manual_seed(config.hash_seed or 0)
     directions = (config.num_buckets or 0) // 2
     turns = -(-directions // width)
     drawn = torch.randn(config.num_heads, turns, width, width, generator=generator, device="cpu")

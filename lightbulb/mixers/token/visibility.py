@@ -1,5 +1,7 @@
 """What the tokens of a context see of each other, and of a cache."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def of_whole(rule: Rule, context: Context) -> Visibility:
     order = torch.arange(length, device=context.positions.device)[None]
     tokens = Tokens(order, _by_sample(context.positions), context.document_ids, present=context.present)
     if rule.num_global:
-        tokens = tokens.with_ages()
+        tokens = tokens.with_ages() if context.ages is None else replace(tokens, ages=context.ages)
     if context.gist is not None:
         tokens = tokens.with_gists(context.gist)
     marks = (context.document_ids, context.present, context.gist)
