@@ -26,7 +26,7 @@ from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.parameter import Init, Logical, constant, make_parameter
 from lightbulb.nn.recompute import recompute
 from lightbulb.nn.rope import rotary_angles, rotate
-from lightbulb.nn.ulysses import gather_heads, scatter_heads
+from lightbulb.nn.ulysses import gather_heads, my_heads, scatter_heads
 from lightbulb.registry import register
 
 Update = Literal["linear", "delta"]
@@ -116,7 +116,7 @@ class Infini(TokenMixer):
 
     def _gate(self) -> Tensor:
         """``[heads, 1, 1]``: the share of the memory, for the heads this rank mixes."""
-        mine = self.gate.chunk(self.ulysses.size)[self.ulysses.rank]
+        mine = my_heads(self.gate, self.ulysses)
         return mine.to(torch.promote_types(mine.dtype, torch.float32)).sigmoid()[:, None, None]
 
     def _continue(self, parts: list[Tensor], positions: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
