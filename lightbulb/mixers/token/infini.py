@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from lightbulb.config import Cost
 from lightbulb.mixers.base import Context, DecodeState, Facts, TokenMixer
 from lightbulb.mixers.token.heads import HeadsConfig
-from lightbulb.nn.attention import attend, causal_attention
+from lightbulb.nn.attention import attend, self_attention
 from lightbulb.nn.compressive_memory import delta_memories, features, linear_memories, read, resets, write
 from lightbulb.nn.documents import run_starts
 from lightbulb.nn.groups import enter_tensor_region, tensor_axis, ulysses_axis
@@ -190,7 +190,7 @@ def infini_attention(
     if reset is not None:
         remembered = remembered.masked_fill(~reset.reads[:, None, ..., None], 0.0)
     queries, keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (turned_query, turned_key, value))
-    local = causal_attention(queries, keys, values, mask).unflatten(0, (len(query), -1)).transpose(1, 2)
+    local = self_attention(queries, keys, values, mask).unflatten(0, (len(query), -1)).transpose(1, 2)
     return _mixed(remembered, local, gate[..., None]).flatten(2, 3)[:, :, :length]
 
 
