@@ -14,22 +14,6 @@ _ROWS = 64  # queries of one block; the keys after its last query are never touc
 _LONGEST = 1024  # the blocks keep their probabilities for the backward, which grows with the square of the length
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Visibility | None = None) -> Tensor:
-    """``softmax(q k^T / sqrt(width)) v`` over the positions up to each query's own.
-
-    Args:
-        query: ``[batch, heads, length, width]``.
-        key: ``[batch, kv_heads, length, width]``; each serves ``heads / kv_heads`` consecutive query heads.
-        value: as key.
-        mask: ``[batch or 1, 1, length, length]`` bool, causal and with each token seeing itself, to allow less than
-            the whole past.
-
-    Returns:
-        ``[batch, heads, length, width]``.
-    """
-    return self_attention(query, key, value, mask)
-
-
 def self_attention(
     query: Tensor,
     key: Tensor,
@@ -39,16 +23,20 @@ def self_attention(
     reach: int | None = None,
     sink: Tensor | None = None,
 ) -> Tensor:
-    """As :func:`causal_attention`, with what other attentions of whole sequences want.
+    """``softmax(q k^T / sqrt(width)) v`` over the positions up to each query's own, or over all.
 
     Args:
         query: ``[batch, heads, length, width]``.
-        key: ``[batch, kv_heads, length, width]``.
+        key: ``[batch, kv_heads, length, width]``; each serves ``heads / kv_heads`` consecutive query heads.
         value: as key.
-        mask: as there, causal only when ``causal``.
+        mask: ``[batch or 1, 1, length, length]`` bool, to allow less: causal where ``causal``, and with
+            each token seeing itself.
         causal: nothing after a query is seen.
         reach: a promise of the mask that keys this many places away, or more, are not seen.
         sink: ``[heads]`` logits of one more key with value zero.
+
+    Returns:
+        ``[batch, heads, length, width]``.
     """
     is_short = query.device.type == "cpu" and min(reach or query.shape[2], query.shape[2]) <= _LONGEST
     if is_short or sink is not None:

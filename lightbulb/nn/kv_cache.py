@@ -29,13 +29,12 @@ def write(cache: Cache, key: Tensor, value: Tensor, positions: Tensor, present: 
         positions: ``[length]``, or ``[length, batch]`` per sample.
         present: ``[batch, length]`` bool; fillers are not written.
     """
-    cache = {name: part.clone() for name, part in cache.items()} if torch.is_grad_enabled() else cache
     new = {"key": key, "value": value}
     if positions.dim() == 1 and present is None:
-        for name, part in new.items():
-            cache[name].index_copy_(2, positions, part)
+        cache = write_all(cache, new, positions)
         cache["present"].index_fill_(1, positions, True)
         return cache
+    cache = _writable(cache)
     places = (positions[:, None] if positions.dim() == 1 else positions).t().expand(len(key), -1)
     written = torch.ones_like(places, dtype=torch.bool) if present is None else present
     sample, step = written.nonzero(as_tuple=True)
@@ -44,3 +43,21 @@ def write(cache: Cache, key: Tensor, value: Tensor, positions: Tensor, present: 
         cache[name].transpose(1, 2)[sample, place] = part.transpose(1, 2)[sample, step]
     cache["present"][sample, place] = True
     return cache
+
+
+def write_all(cache: Cache, new: Cache, positions: Tensor) -> Cache:
+    """As :func:`write`, tokens of any kind, no fillers, at positions that samples share.
+
+    Args:
+        cache: to write to, each part ``[batch, heads, max_length, ...]``.
+        new: parts by their names in the cache, each ``[batch, heads, length, ...]``.
+        positions: ``[length]``.
+    """
+    cache = _writable(cache)
+    for name, part in new.items():
+        cache[name].index_copy_(2, positions, part)
+    return cache
+
+
+def _writable(cache: Cache) -> Cache:
+    return {name: part.clone() for name, part in cache.items()} if torch.is_grad_enabled() else cache

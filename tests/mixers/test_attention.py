@@ -8,7 +8,7 @@ from lightbulb.mixers.base import Context
 from lightbulb.mixers.token.attention import Attention, AttentionConfig
 from lightbulb.nn import attention as blocks
 from lightbulb.nn import precision
-from lightbulb.nn.attention import attend, causal_attention
+from lightbulb.nn.attention import attend, self_attention
 from lightbulb.nn.parameter import Init, initialise
 
 DIM = 16
@@ -49,15 +49,15 @@ def test_core_values_and_gradients(
 ) -> None:
     monkeypatch.setattr(blocks, "_ROWS", 2)
     inputs, mask = heads(length, num_heads, kv_heads), document_mask(length) if masked else None
-    assert torch.allclose(causal_attention(*inputs, mask), naive(*inputs, mask), atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *inputs: causal_attention(*inputs, mask), inputs)
+    assert torch.allclose(self_attention(*inputs, mask), naive(*inputs, mask), atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *inputs: self_attention(*inputs, mask), inputs)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [127, 128, 129, 300])  # a block has 128 rows
 def test_blocks_meet_at_their_edges(length: int, masked: bool) -> None:
     inputs, mask = heads(length), document_mask(length) if masked else None
-    found, wanted = causal_attention(*inputs, mask), naive(*inputs, mask)
+    found, wanted = self_attention(*inputs, mask), naive(*inputs, mask)
     assert torch.allclose(found, wanted, atol=1e-12)
     grad = torch.randn_like(wanted)
     for ours, theirs in zip(
@@ -68,9 +68,9 @@ def test_blocks_meet_at_their_edges(length: int, masked: bool) -> None:
 
 def test_longer_sequences_go_to_pytorch_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = heads(40)
-    short = causal_attention(*inputs)
+    short = self_attention(*inputs)
     monkeypatch.setattr(blocks, "_LONGEST", 39)
-    assert torch.allclose(causal_attention(*inputs), short, atol=1e-12)
+    assert torch.allclose(self_attention(*inputs), short, atol=1e-12)
     assert torch.allclose(attend(*inputs, document_mask(40)), naive(*inputs, document_mask(40)), atol=1e-12)
 
 
@@ -82,7 +82,7 @@ def test_core_in_lower_precision_is_within_rounding(
     monkeypatch.setattr(precision, "has_amx", lambda: amx)
     lower = heads(150, dtype=dtype)
     exact = tuple(t.detach().double().requires_grad_() for t in lower)
-    found, wanted = causal_attention(*lower), naive(*exact)
+    found, wanted = self_attention(*lower), naive(*exact)
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     assert (found - wanted).norm() < tolerance * wanted.norm()
     grad = torch.randn_like(found)

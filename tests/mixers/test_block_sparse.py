@@ -13,7 +13,7 @@ from lightbulb.mixers.base import Context
 from lightbulb.mixers.token.block_sparse import BlockSparse, BlockSparseConfig, band_tiles
 from lightbulb.nn import block_sparse as core
 from lightbulb.nn import precision
-from lightbulb.nn.attention import causal_attention
+from lightbulb.nn.attention import self_attention
 from lightbulb.nn.block_sparse import FULL, Sight, Tiles, block_sparse_attention, list_tiles
 from lightbulb.nn.documents import run_starts
 from lightbulb.nn.dynamic_sparse import hash_attention, hash_buckets, kept_attention, put, take
@@ -135,7 +135,7 @@ def test_core_in_bfloat16_is_within_rounding(name: str, amx: bool, monkeypatch: 
 def test_equality_full_mask_and_wide_window_are_causal_attention(window: int | None, kv_heads: int) -> None:
     inputs = heads(40, 4, kv_heads)
     found = block_sparse_attention(*inputs, list_tiles(band(40, window), 40, 8))
-    assert_same(found, causal_attention(*inputs), inputs)
+    assert_same(found, self_attention(*inputs), inputs)
 
 
 def shuffled(tiles: Tiles) -> Tiles:

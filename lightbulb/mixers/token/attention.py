@@ -28,7 +28,7 @@ from lightbulb.nn.parameter import Init, Logical, constant, make_parameter
 from lightbulb.nn.recompute import recompute
 from lightbulb.nn.rope import rotary_angles, rotate
 from lightbulb.nn.scores import Clamped, Disentangled, scored_attention
-from lightbulb.nn.ulysses import gather_heads, scatter_heads
+from lightbulb.nn.ulysses import gather_heads, my_heads, scatter_heads
 from lightbulb.registry import register
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -267,13 +267,13 @@ class Attention(TokenMixer):
             return None
         if self.config.sink == "one":
             return query.new_zeros(query.shape[2])
-        return self.sink.chunk(self.ulysses.size)[self.ulysses.rank]
+        return my_heads(self.sink, self.ulysses)
 
     def _disentangled(self) -> Disentangled:
         """The relative positions through the projections of queries and keys, this rank's heads of them."""
         table = share_in_tensor_region(self.relative, self.axis)
         by_head = [part(table).unflatten(-1, (-1, self.width)).transpose(0, 1) for part in (self.key, self.query)]
-        key, query = (part.chunk(self.ulysses.size)[self.ulysses.rank] for part in by_head)
+        key, query = (my_heads(part, self.ulysses) for part in by_head)
         return Disentangled(key, query)
 
     def _clamped(self, query: Tensor, key: Tensor, seen: Visibility) -> Clamped:

@@ -30,6 +30,7 @@ from lightbulb.nn.block_sparse import Sight, Tiles, block_sparse_attention, list
 from lightbulb.nn.documents import run_starts
 from lightbulb.nn.dynamic_sparse import hash_attention, hash_buckets, kept_attention
 from lightbulb.nn.groups import enter_tensor_region, share_in_tensor_region, tensor_axis, ulysses_axis
+from lightbulb.nn.kv_cache import write_all
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.norm import RMSNorm
@@ -175,7 +176,8 @@ class BlockSparse(TokenMixer):
     ) -> tuple[Tensor, DecodeState | None]:
         query, key, value, bucket = self._heads(enter_tensor_region(x, self.axis), context)
         if state is not None:
-            state = _written(state, context.positions, key, value, bucket)
+            new = {"key": key, "value": value} | ({} if bucket is None else {"bucket": bucket})
+            state = write_all(state, new, context.positions)
         if state is not None and int(context.positions[0]):
             mixed = self._attend_to_past(query, context.positions, state)
         elif self.config.pattern == "hash":
@@ -287,13 +289,3 @@ def _kept(noise: Tensor, drop: float) -> Tensor:
     """
     kept = max(1, round(len(noise) * (1 - drop)))
     return noise.permute(1, 2, 0).flatten(0, 1).argsort(dim=1, stable=True)[:, :kept].contiguous().sort(dim=1).values
-
-
-def _written(state: DecodeState, positions: Tensor, key: Tensor, value: Tensor, bucket: Tensor | None) -> DecodeState:
-    """The state with the new tokens at their positions."""
-    new = {"key": key, "value": value} | ({} if bucket is None else {"bucket": bucket})
-    if torch.is_grad_enabled():
-        state = {name: tensor.clone() for name, tensor in state.items()}
-    for name, tensor in new.items():
-        state[name].index_copy_(2, positions, tensor)
-    return state

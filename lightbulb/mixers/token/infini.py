@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from lightbulb.config import Cost
 from lightbulb.mixers.base import Context, DecodeState, Facts, TokenMixer
 from lightbulb.mixers.token.heads import HeadsConfig
-from lightbulb.nn.attention import attend, causal_attention
+from lightbulb.nn.attention import attend, self_attention
 from lightbulb.nn.compressive_memory import delta_memories, features, linear_memories, read, resets, write
 from lightbulb.nn.documents import run_starts
 from lightbulb.nn.groups import enter_tensor_region, tensor_axis, ulysses_axis
@@ -26,7 +26,7 @@ from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.parameter import Init, Logical, constant, make_parameter
 from lightbulb.nn.recompute import recompute
 from lightbulb.nn.rope import rotary_angles, rotate
-from lightbulb.nn.ulysses import gather_heads, scatter_heads
+from lightbulb.nn.ulysses import gather_heads, my_heads, scatter_heads
 from lightbulb.registry import register
 
 Update = Literal["linear", "delta"]
@@ -116,7 +116,7 @@ class Infini(TokenMixer):
 
     def _gate(self) -> Tensor:
         """``[heads, 1, 1]``: the share of the memory, for the heads this rank mixes."""
-        mine = self.gate.chunk(self.ulysses.size)[self.ulysses.rank]
+        mine = my_heads(self.gate, self.ulysses)
         return mine.to(torch.promote_types(mine.dtype, torch.float32)).sigmoid()[:, None, None]
 
     def _continue(self, parts: list[Tensor], positions: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
@@ -190,7 +190,7 @@ def infini_attention(
     if reset is not None:
         remembered = remembered.masked_fill(~reset.reads[:, None, ..., None], 0.0)
     queries, keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (turned_query, turned_key, value))
-    local = causal_attention(queries, keys, values, mask).unflatten(0, (len(query), -1)).transpose(1, 2)
+    local = self_attention(queries, keys, values, mask).unflatten(0, (len(query), -1)).transpose(1, 2)
     return _mixed(remembered, local, gate[..., None]).flatten(2, 3)[:, :, :length]
 
 

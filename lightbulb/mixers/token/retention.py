@@ -9,7 +9,7 @@ The weights start as all of this project's do (:class:`~lightbulb.nn.parameter.I
 its own depth scaling. Nor are scores divided by their sums: that changes nothing behind the norm but its epsilon.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -33,12 +33,12 @@ from lightbulb.registry import register
 class RetentionConfig(TokenMixerConfig):
     """Multi-scale retention."""
 
-    keeps_gaps = True
     facts = Facts(
         "Retentive Network, 2023, arXiv:2307.08621",
         ("tensor", "sequence", "ulysses"),
         "num_heads x key_dim x (value_factor x key_dim), whatever the length",
     )
+    keeps_gaps: ClassVar[bool] = True
     type: Literal["retention"] = "retention"
     num_heads: int = Field(ge=1)
     """Heads, each with its own rate of decay."""
