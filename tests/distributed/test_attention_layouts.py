@@ -12,6 +12,8 @@ from lightbulb.evaluation.trial import Reference, Trial
 from lightbulb.parallel.topology import ParallelConfig
 from lightbulb.parallel.workers import RankPool
 
+pytestmark = pytest.mark.slow  # quick: one layout of each part, in test_parts.py
+
 Referenced = Callable[..., tuple[Trial, Reference, Path]]
 
 HEADS = {"type": "attention", "num_heads": 4}

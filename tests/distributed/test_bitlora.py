@@ -63,6 +63,7 @@ def check(ranks: RankPool, trial: tuple[Trial, Reference, Path], options: dict[s
     assert result.ok, "\n".join(result.failures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SPLITS, ids=name_of)
 @pytest.mark.parametrize("weights", ["ternary", "binary"])
 def test_equality_of_quantised_weights(
@@ -72,11 +73,13 @@ def test_equality_of_quantised_weights(
     check(ranks, referenced(**MODEL, modifiers=[bits]), options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SPLITS, ids=name_of)
 def test_equality_of_updates(ranks: RankPool, referenced: Referenced, options: dict[str, Any]) -> None:
     check(ranks, referenced(with_documents=True, **MODEL, modifiers=[LORA]), options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SPLITS[:4], ids=name_of)
 def test_equality_of_updates_beside_four_bits(ranks: RankPool, referenced: Referenced, options: dict[str, Any]) -> None:
     check(ranks, referenced(**MODEL, modifiers=[LORA | {"quantize": "nf4"}]), options)

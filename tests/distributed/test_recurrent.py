@@ -12,6 +12,8 @@ from lightbulb.evaluation.trial import Reference, Trial
 from lightbulb.parallel.topology import ParallelConfig
 from lightbulb.parallel.workers import RankPool
 
+pytestmark = pytest.mark.slow  # quick: one layout of each part, in test_parts.py
+
 Referenced = Callable[..., tuple[Trial, Reference, Path]]
 
 # A document's first result is q k v over its own length: where q k is almost zero, the norm makes much of its rounding.

@@ -12,6 +12,8 @@ from lightbulb.evaluation.trial import Reference, Trial
 from lightbulb.parallel.topology import ParallelConfig
 from lightbulb.parallel.workers import RankPool
 
+pytestmark = pytest.mark.slow  # quick: one layout of each part, in test_parts.py
+
 SPARSE = {"type": "block_sparse", "num_heads": 4, "block_size": 2}
 BAND = SPARSE | {"num_kv_heads": 2, "qk_norm": True, "window": 3, "num_global": 1, "stride": 2}
 HASH = SPARSE | {"pattern": "hash", "num_buckets": 4, "qk_norm": True}
