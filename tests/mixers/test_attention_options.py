@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lightbulb.modifiers  # noqa: F401  (registers what model.modifiers can name)
 from lightbulb.config import ConfigError, build_config
-from lightbulb.mixers.base import Context, TokenMixerConfig
+from lightbulb.mixers.base import Context
 from lightbulb.mixers.token.attention import Attention, AttentionConfig
 from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.nn import attention as blocks
@@ -488,13 +488,6 @@ def test_equality_cached_gists_are_the_masked_prompt(options: dict[str, Any]) ->
     assert (found - run(module, x, gist=marks)[5:]).abs().max() < 1e-10
 
 
-class _Forgetful(AttentionConfig):
-    """A mixer that knows neither gist tokens nor gaps."""
-
-    keeps_gaps = False
-    masks_gists = False
-
-
 def language(**changes: Any) -> LanguageModel:
     token = {"type": "attention", "num_heads": 4, "num_kv_heads": 2}
     values = {"vocab_size": 24, "dim": DIM, "num_layers": 2, "context_length": 12, "gist_token_id": 23}
@@ -659,5 +652,3 @@ def test_gaps_need_a_kernel_that_takes_them() -> None:
     AttentionConfig(num_heads=4).check_gaps()
     with pytest.raises(ValueError, match="backend 'flash' takes no positions per sample; set backend: auto"):
         AttentionConfig(num_heads=4, backend="flash").check_gaps()
-    with pytest.raises(ValueError, match="type 'attention' needs every token of a sequence"):
-        TokenMixerConfig.check_gaps(_Forgetful(num_heads=4))
