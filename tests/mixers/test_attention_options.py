@@ -488,6 +488,13 @@ def test_equality_cached_gists_are_the_masked_prompt(options: dict[str, Any]) ->
     assert (found - run(module, x, gist=marks)[5:]).abs().max() < 1e-10
 
 
+class _Forgetful(AttentionConfig):
+    """A mixer that knows neither gist tokens nor gaps."""
+
+    keeps_gaps = False
+    masks_gists = False
+
+
 def language(**changes: Any) -> LanguageModel:
     token = {"type": "attention", "num_heads": 4, "num_kv_heads": 2}
     values = {"vocab_size": 24, "dim": DIM, "num_layers": 2, "context_length": 12, "gist_token_id": 23}
