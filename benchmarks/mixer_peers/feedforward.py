@@ -51,8 +51,8 @@ def _kan(rounds: int) -> dict[str, float]:
 
 
 def _lory(rounds: int, experts: int = 8, segment: int = 256, length: int = 4096, dim: int = 256) -> dict[str, float]:
-    """The paper's segments and contexts. In shorter ones the gradient of all experts, which is as large for one token as
-    for many, weighs more: 0.27 at 1,024 tokens."""
+    """The paper's segments and contexts. In shorter contexts the gradient of all experts, which is as large for one
+    token as for many, weighs more: 0.27 at 1,024 tokens."""
     dense = MLPConfig(hidden_dim=704).build(dim, _INIT)
     merged = LoryConfig(num_experts=experts, hidden_dim=704, segment_length=segment).build(dim, _INIT)
     x, context = torch.randn(length, 2, dim).requires_grad_(), Context(torch.arange(length))
