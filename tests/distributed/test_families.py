@@ -1,4 +1,8 @@
-"""The small model of every family trains twenty steps on two ranks as it does in one process."""
+"""The small model of every family trains twenty steps on two ranks as it does in one process.
+
+Not the ternary ones: in twenty steps some weight's or input's code flips on one layout and not on another, and what
+follows differs. They are proven step by step, in float64 (configs/debug/parts).
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +18,7 @@ from lightbulb.parallel.workers import RankPool
 from lightbulb.train.config import RunConfig
 
 FOLDER = Path(__file__).parents[2] / "configs/pretrain"
-FAMILIES = ["retnet-small", "mamba2-small", "jetmoe-small", "deepseek-moe-small", "lory-small", "mixkabrn-tiny"]
+FAMILIES = ["retnet-small", "mamba2-small", "jetmoe-small", "deepseek-moe-small", "lory-small"]
 STEPS = 20
 LAYOUTS = {
     "DP2": {"data": 2},
