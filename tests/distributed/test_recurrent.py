@@ -34,8 +34,6 @@ LAYOUTS = [
     [
         *((token, layout) for token in (RETENTION, SHARED, GROUPED) for layout in LAYOUTS),
         *((token, {"ulysses": 2, "tensor": 2, "sequence": True}) for token in (RETENTION, SHARED, GROUPED)),
-        ({**SHARED, "bidirectional": True}, {"tensor": 2, "sequence": True}),
-        ({**GROUPED, "bidirectional": True}, {"ulysses": 2}),
     ],
     ids=str,
 )
