@@ -156,6 +156,12 @@ class TokenMixerConfig(_MixerConfig, ABC):
             raise ValueError(f"type {self.type!r} needs whole sequences; set parallel.ulysses: 1")
 
 
+def check_split(field: str, size: int, ranks: int) -> None:
+    """Raise ValueError when ``size`` features of a field cannot be split over so many tensor ranks."""
+    if size % ranks:
+        raise ValueError(f"{field} {size} cannot be split over parallel.tensor {ranks}; choose a multiple of {ranks}")
+
+
 class TokenMixer(nn.Module, ABC):
     """Mixes along the sequence; causal unless its config says otherwise."""
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from lightbulb.nn.documents import run_starts
+
 _NEVER = torch.iinfo(torch.int64).max  # more runs of gist tokens than any sequence has
 
 
@@ -54,12 +56,8 @@ class Tokens:
         """With the ages of tokens in documents, each consecutive."""
         if self.documents is None:
             return self
-        begins = torch.ones_like(self.documents, dtype=torch.bool)
-        begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
-        index = torch.arange(begins.shape[1], device=begins.device)
-        first = torch.where(begins, index, 0).cummax(1).values
-        positions = self.positions.expand(len(begins), -1)
-        return replace(self, ages=positions - positions.gather(1, first))
+        positions = self.positions.expand(len(self.documents), -1)
+        return replace(self, ages=positions - positions.gather(1, run_starts(self.documents)))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from lightbulb.config import Cost
-from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts
+from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts, check_split
 from lightbulb.nn.groups import SINGLE, enter_tensor_region, exit_tensor_region, tensor_axis
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.parameter import Init
@@ -51,11 +51,7 @@ class KANConfig(ChannelMixerConfig):
         return Cost(params, params, 2.0 * params)
 
     def check_tensor_parallel(self, degree: int) -> None:
-        if self.hidden_dim % degree:
-            raise ValueError(
-                f"hidden_dim {self.hidden_dim} cannot be split over parallel.tensor {degree}; "
-                f"choose a multiple of {degree}"
-            )
+        check_split("hidden_dim", self.hidden_dim, degree)
 
 
 class KAN(ChannelMixer):

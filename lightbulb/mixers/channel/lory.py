@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lightbulb.config import Cost
-from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts
+from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts, check_split
 from lightbulb.nn.activation import swiglu
 from lightbulb.nn.groups import enter_tensor_region, exit_tensor_region, share_in_tensor_region, tensor_axis
 from lightbulb.nn.merged import MergedLinear
@@ -63,11 +63,7 @@ class LoryConfig(ChannelMixerConfig):
         return Cost(self.num_experts * expert + router, expert + router, 2.0 * expert + shared)
 
     def check_tensor_parallel(self, degree: int) -> None:
-        if self.hidden_dim % degree:
-            raise ValueError(
-                f"hidden_dim {self.hidden_dim} cannot be split over parallel.tensor {degree}; "
-                f"choose a multiple of {degree}"
-            )
+        check_split("hidden_dim", self.hidden_dim, degree)
 
     def check_ulysses(self, tensor: int, ulysses: int) -> None:
         if ulysses > 1:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from lightbulb.config import Cost
-from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts
+from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts, check_split
 from lightbulb.nn.activation import squared_relu, swiglu
 from lightbulb.nn.grouped import GroupedLinear, grouped_swiglu
 from lightbulb.nn.groups import enter_tensor_region, expert_axis, expert_tensor_axis, tensor_axis
@@ -51,11 +51,7 @@ class MLPConfig(ChannelMixerConfig):
         return Cost(params, params, 2.0 * params)
 
     def check_tensor_parallel(self, degree: int) -> None:
-        if self.hidden_dim % degree:
-            raise ValueError(
-                f"hidden_dim {self.hidden_dim} cannot be split over parallel.tensor {degree}; "
-                f"choose a multiple of {degree}"
-            )
+        check_split("hidden_dim", self.hidden_dim, degree)
 
 
 class MLP(ChannelMixer):

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lightbulb.config import Cost, Registered
-from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts
+from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts, check_split
 from lightbulb.mixers.channel.mlp import MLPConfig
 from lightbulb.mixers.route import route
 from lightbulb.nn.groups import (
@@ -132,11 +132,7 @@ class SwitchConfig(RoutedConfig):
         return [] if self.shared_hidden_dim is None else [MLPConfig(hidden_dim=self.shared_hidden_dim)]
 
     def check_tensor_parallel(self, degree: int) -> None:
-        if (self.shared_hidden_dim or 0) % degree:
-            raise ValueError(
-                f"shared_hidden_dim {self.shared_hidden_dim} cannot be split over parallel.tensor {degree}; "
-                f"choose a multiple of {degree}"
-            )
+        check_split("shared_hidden_dim", self.shared_hidden_dim or 0, degree)
 
 
 class Switch(ChannelMixer):

@@ -15,27 +15,27 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lightbulb.config import Cost
-from lightbulb.mixers.base import Context, DecodeState, Facts, TokenMixer, TokenMixerConfig
+from lightbulb.mixers.base import Context, DecodeState, Facts
 from lightbulb.mixers.token import visibility
+from lightbulb.mixers.token.heads import HeadsConfig, HeadsMixer
 from lightbulb.nn.attention import attend
 from lightbulb.nn.attention_backend import Backend, whole_attention
 from lightbulb.nn.attention_mask import Rule, Visibility
-from lightbulb.nn.groups import enter_tensor_region, share_in_tensor_region, tensor_axis, ulysses_axis
+from lightbulb.nn.groups import share_in_tensor_region
 from lightbulb.nn.kv_cache import empty_cache, write
-from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.norm import RMSNorm
 from lightbulb.nn.parameter import Init, Logical, constant, make_parameter
 from lightbulb.nn.recompute import recompute
 from lightbulb.nn.rope import rotary_angles, rotate
 from lightbulb.nn.scores import Clamped, Disentangled, scored_attention
-from lightbulb.nn.ulysses import gather_heads, my_heads, scatter_heads
+from lightbulb.nn.ulysses import gather_heads, my_heads
 from lightbulb.registry import register
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @register("token_mixer", "attention")
-class AttentionConfig(TokenMixerConfig):
+class AttentionConfig(HeadsConfig):
     """Self-attention."""
 
     facts = Facts(
@@ -47,16 +47,8 @@ class AttentionConfig(TokenMixerConfig):
     keeps_gaps: ClassVar[bool] = True
     masks_gists: ClassVar[bool] = True
     type: Literal["attention"] = "attention"
-    num_heads: int = Field(ge=1)
-    """Query heads."""
-    num_kv_heads: int | None = Field(None, ge=1)
-    """Key/value heads, each shared by ``num_heads / num_kv_heads`` query heads; None for one per query head."""
-    head_dim: int | None = Field(None, ge=2)
-    """Width of a head; None for ``dim / num_heads``."""
     qk_norm: bool = False
     """Normalise queries and keys per head before the rotation."""
-    rope_theta: float | None = Field(10_000.0, gt=0)
-    """Base of the rotary frequencies; None for no rotation."""
     norm_eps: float = Field(1e-6, gt=0)
     """Epsilon of the query/key norms."""
     causal: bool = True
@@ -78,16 +70,6 @@ class AttentionConfig(TokenMixerConfig):
     rotation (DeBERTa, He et al. 2020, arXiv:2006.03654; the relative positions share the query/key projections)."""
     backend: Backend = "auto"
     """Kernel for whole sequences."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "AttentionConfig":
-        if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}; choose a divisor"
-            )
-        if self.head_dim is not None and self.head_dim % 2 and self.rope_theta is not None:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even width")
-        return self
 
     @model_validator(mode="after")
     def _options_agree(self) -> "AttentionConfig":
@@ -121,31 +103,9 @@ class AttentionConfig(TokenMixerConfig):
                 )
 
     @property
-    def kv_heads(self) -> int:
-        """Key/value heads, the default resolved."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
     def rule(self) -> Rule:
         """Which tokens see which."""
         return Rule(self.causal, self.window, self.max_distance, self.num_global)
-
-    def width(self, dim: int) -> int:
-        """Width of one head for a model width.
-
-        Raises:
-            ValueError: ``dim`` does not divide into a head width, which the rotation needs to be even.
-        """
-        if self.head_dim is not None:
-            return self.head_dim
-        even = 1 if self.rope_theta is None else 2
-        if dim % (even * self.num_heads):
-            width = "of even width" if even > 1 else "of equal width"
-            raise ValueError(
-                f"dim {dim} does not divide into num_heads {self.num_heads} heads {width}; "
-                f"set head_dim or choose a dim that is a multiple of {even * self.num_heads}"
-            )
-        return dim // self.num_heads
 
     @property
     def sees_future(self) -> bool:
@@ -168,38 +128,17 @@ class AttentionConfig(TokenMixerConfig):
         projected = 2.0 * dim * width * (self.num_heads + self.kv_heads) * relative / context_length
         return Cost(params, params, 2.0 * matrices + attended + by_position + projected)
 
-    def check_tensor_parallel(self, degree: int) -> None:
-        for field, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.kv_heads)):
-            if heads % degree:
-                raise ValueError(f"{field} {heads} cannot be split over parallel.tensor {degree}; choose a divisor")
-
-    def check_ulysses(self, tensor: int, ulysses: int) -> None:
-        for field, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.kv_heads)):
-            if heads % (tensor * ulysses):
-                raise ValueError(
-                    f"{field} {heads} cannot be split over parallel.tensor {tensor} x parallel.ulysses {ulysses}; "
-                    f"choose a multiple of {tensor * ulysses}"
-                )
-
     def check_gaps(self) -> None:
         if self.backend == "flash":
             raise ValueError("backend 'flash' takes no positions per sample; set backend: auto")
 
 
-class Attention(TokenMixer):
+class Attention(HeadsMixer):
     """``softmax(q k^T / sqrt(width)) v`` over what each token may see, heads local to the tensor rank."""
 
     def __init__(self, config: AttentionConfig, dim: int, init: Init):
-        super().__init__()
+        super().__init__(config, dim, init)
         self.config = config
-        self.axis = tensor_axis()
-        self.ulysses = ulysses_axis()
-        self.width = config.width(dim)
-        self.kv_heads = config.kv_heads // self.axis.size
-        self.query = ColumnParallelLinear(dim, config.num_heads * self.width, init.std)
-        self.key = ColumnParallelLinear(dim, config.kv_heads * self.width, init.std)
-        self.value = ColumnParallelLinear(dim, config.kv_heads * self.width, init.std)
-        self.output = RowParallelLinear(config.num_heads * self.width, dim, init.output_std)
         if config.qk_norm:
             self.query_norm = RMSNorm(self.width, config.norm_eps, by_position=False)
             self.key_norm = RMSNorm(self.width, config.norm_eps, by_position=False)
@@ -212,9 +151,7 @@ class Attention(TokenMixer):
     def forward(
         self, x: Tensor, context: Context, state: DecodeState | None = None
     ) -> tuple[Tensor, DecodeState | None]:
-        x = enter_tensor_region(x, self.axis)
-        heads = [self.query(x), self.key(x), self.value(x)]
-        query, key, value = scatter_heads([part.unflatten(-1, (-1, self.width)) for part in heads], self.ulysses)
+        query, key, value = self.project(x)
         if self.config.qk_norm:
             query = self.query_norm(query, share_in_tensor_region(self.query_norm.weight, self.axis))
             key = self.key_norm(key, share_in_tensor_region(self.key_norm.weight, self.axis))

@@ -23,21 +23,20 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightbulb.config import Cost
-from lightbulb.mixers.base import Context, DecodeState, Facts, TokenMixer
-from lightbulb.mixers.token.heads import HeadsConfig, my_heads
+from lightbulb.mixers.base import Context, DecodeState, Facts
+from lightbulb.mixers.token.heads import HeadsConfig, HeadsMixer, head_slice
 from lightbulb.nn.attention import attend
 from lightbulb.nn.block_sparse import Sight, Tiles, block_sparse_attention, list_tiles
 from lightbulb.nn.documents import run_starts
 from lightbulb.nn.dynamic_sparse import hash_attention, hash_buckets, kept_attention
-from lightbulb.nn.groups import enter_tensor_region, share_in_tensor_region, tensor_axis, ulysses_axis
+from lightbulb.nn.groups import share_in_tensor_region
 from lightbulb.nn.kv_cache import write_all
-from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.norm import RMSNorm
 from lightbulb.nn.parameter import Init
 from lightbulb.nn.recompute import recompute
 from lightbulb.nn.rope import rotary_angles, rotate
-from lightbulb.nn.ulysses import gather_heads, scatter_heads
+from lightbulb.nn.ulysses import gather_heads
 from lightbulb.registry import register
 
 _OWN_FIELDS = {
@@ -146,35 +145,26 @@ def _visible(window: int | None, num_global: int, stride: int | None, block_size
     return float(seen.double().mean())
 
 
-class BlockSparse(TokenMixer):
+class BlockSparse(HeadsMixer):
     """``softmax(q k^T / sqrt(width)) v`` over the visible past, heads local to the tensor rank."""
 
     rotation: Tensor
 
     def __init__(self, config: BlockSparseConfig, dim: int, init: Init):
-        super().__init__()
+        super().__init__(config, dim, init, has_keys=config.pattern != "hash")
         self.config = config
-        self.axis = tensor_axis()
-        self.ulysses = ulysses_axis()
-        self.width = config.width(dim)
-        self.kv_heads = config.kv_heads // self.axis.size
-        self.query = ColumnParallelLinear(dim, config.num_heads * self.width, init.std)
-        if config.pattern != "hash":
-            self.key = ColumnParallelLinear(dim, config.kv_heads * self.width, init.std)
-        self.value = ColumnParallelLinear(dim, config.kv_heads * self.width, init.std)
-        self.output = RowParallelLinear(config.num_heads * self.width, dim, init.output_std)
         if config.qk_norm:
             self.query_norm = RMSNorm(self.width, config.norm_eps, by_position=False)
             if config.pattern != "hash":
                 self.key_norm = RMSNorm(self.width, config.norm_eps, by_position=False)
         if config.num_buckets is not None:
-            mine = my_heads(config.num_heads, self.axis, self.ulysses)
+            mine = head_slice(config.num_heads, self.axis, self.ulysses)
             self.register_buffer("rotation", _rotation(config, self.width)[mine], persistent=False)
 
     def forward(
         self, x: Tensor, context: Context, state: DecodeState | None = None
     ) -> tuple[Tensor, DecodeState | None]:
-        query, key, value, bucket = self._heads(enter_tensor_region(x, self.axis), context)
+        query, key, value, bucket = self._heads(x, context)
         if state is not None:
             new = {"key": key, "value": value} | ({} if bucket is None else {"bucket": bucket})
             state = write_all(state, new, context.positions)
@@ -198,8 +188,7 @@ class BlockSparse(TokenMixer):
     def _heads(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys and values ``[batch, heads, length, width]``, rotated, and the queries' buckets."""
         hashed = self.config.pattern == "hash"
-        projected = [self.query(x), self.value(x)] if hashed else [self.query(x), self.key(x), self.value(x)]
-        heads = scatter_heads([part.unflatten(-1, (-1, self.width)) for part in projected], self.ulysses)
+        heads = self.project(x)
         query, value = heads[0], heads[-1]
         if self.config.qk_norm:
             query = self.query_norm(query, share_in_tensor_region(self.query_norm.weight, self.axis))
@@ -207,8 +196,10 @@ class BlockSparse(TokenMixer):
         if self.config.qk_norm and not hashed:
             key = self.key_norm(key, share_in_tensor_region(self.key_norm.weight, self.axis))
         bucket = hash_buckets(query.permute(1, 2, 0, 3), self.rotation) if hashed else None
-        cos, sin = rotary_angles(context.positions, self.width, self.config.rope_theta)
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (rotate(query, cos, sin), rotate(key, cos, sin), value))
+        if self.config.rope_theta is not None:
+            cos, sin = rotary_angles(context.positions, self.width, self.config.rope_theta)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         return query, key, value, bucket
 
     def _banded(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
@@ -228,7 +219,7 @@ class BlockSparse(TokenMixer):
         config = self.config
         drawn = noise.uniform(f"{context.place}.drop", slice(None), config.num_heads + config.kv_heads, query.device)
         queries, keys = (
-            _kept(part[..., my_heads(part.shape[2], self.axis, self.ulysses)], config.drop or 0.0)
+            _kept(part[..., head_slice(part.shape[2], self.axis, self.ulysses)], config.drop or 0.0)
             for part in drawn.split([config.num_heads, config.kv_heads], dim=2)
         )
         groups = query.shape[1] // key.shape[1]

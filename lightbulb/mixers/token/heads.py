@@ -1,9 +1,15 @@
-"""What mixers with heads share: the fields that shape the heads, and how heads are split."""
+"""What mixers with heads share: the fields that shape the heads, their projections, and how heads are split."""
+
+from collections.abc import Mapping
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from lightbulb.mixers.base import TokenMixerConfig
-from lightbulb.nn.groups import Axis
+from lightbulb.mixers.base import TokenMixer, TokenMixerConfig
+from lightbulb.nn.groups import Axis, enter_tensor_region, tensor_axis, ulysses_axis
+from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
+from lightbulb.nn.parameter import Init
+from lightbulb.nn.ulysses import scatter_heads
 
 
 class HeadsConfig(TokenMixerConfig):
@@ -15,8 +21,8 @@ class HeadsConfig(TokenMixerConfig):
     """Key/value heads, each shared by ``num_heads / num_kv_heads`` query heads; None for one per query head."""
     head_dim: int | None = Field(None, ge=2)
     """Width of a head; None for ``dim / num_heads``."""
-    rope_theta: float = Field(10_000.0, gt=0)
-    """Base of the rotary frequencies."""
+    rope_theta: float | None = Field(10_000.0, gt=0)
+    """Base of the rotary frequencies; None for no rotation."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "HeadsConfig":
@@ -24,7 +30,7 @@ class HeadsConfig(TokenMixerConfig):
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}; choose a divisor"
             )
-        if self.head_dim is not None and self.head_dim % 2:
+        if self.head_dim is not None and self.head_dim % 2 and self.rope_theta is not None:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even width")
         return self
 
@@ -37,32 +43,73 @@ class HeadsConfig(TokenMixerConfig):
         """Width of one head for a model width.
 
         Raises:
-            ValueError: ``dim`` does not divide into an even head width.
+            ValueError: ``dim`` does not divide into a head width, which a rotation needs to be even.
         """
         if self.head_dim is not None:
             return self.head_dim
-        if dim % (2 * self.num_heads):
-            raise ValueError(
-                f"dim {dim} does not divide into num_heads {self.num_heads} heads of even width; "
-                f"set head_dim or choose a dim that is a multiple of {2 * self.num_heads}"
-            )
-        return dim // self.num_heads
+        return head_width(dim, self.num_heads, "head_dim", is_rotated=self.rope_theta is not None)
 
     def check_tensor_parallel(self, degree: int) -> None:
-        for field, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.kv_heads)):
-            if heads % degree:
-                raise ValueError(f"{field} {heads} cannot be split over parallel.tensor {degree}; choose a divisor")
+        check_heads({"num_heads": self.num_heads, "num_kv_heads": self.kv_heads}, degree)
 
     def check_ulysses(self, tensor: int, ulysses: int) -> None:
-        for field, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.kv_heads)):
-            if heads % (tensor * ulysses):
-                raise ValueError(
-                    f"{field} {heads} cannot be split over parallel.tensor {tensor} x parallel.ulysses {ulysses}; "
-                    f"choose a multiple of {tensor * ulysses}"
-                )
+        check_heads({"num_heads": self.num_heads, "num_kv_heads": self.kv_heads}, tensor, ulysses)
 
 
-def my_heads(heads: int, tensor: Axis, ulysses: Axis) -> slice:
+class HeadsMixer(TokenMixer):
+    """Projections to heads local to the tensor rank, and back.
+
+    Args:
+        config: shape of the heads.
+        dim: model width.
+        init: initial standard deviations.
+        has_keys: False where keys are made of queries.
+    """
+
+    def __init__(self, config: HeadsConfig, dim: int, init: Init, has_keys: bool = True):
+        super().__init__()
+        self.axis = tensor_axis()
+        self.ulysses = ulysses_axis()
+        self.width = config.width(dim)
+        self.kv_heads = config.kv_heads // self.axis.size
+        self.query = ColumnParallelLinear(dim, config.num_heads * self.width, init.std)
+        if has_keys:
+            self.key = ColumnParallelLinear(dim, config.kv_heads * self.width, init.std)
+        self.value = ColumnParallelLinear(dim, config.kv_heads * self.width, init.std)
+        self.output = RowParallelLinear(config.num_heads * self.width, dim, init.output_std)
+
+    def project(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys (if there are any) and values ``[length, batch, heads, width]`` of ``x [rows, batch, dim]``:
+        all positions, this rank's heads."""
+        x = enter_tensor_region(x, self.axis)
+        layers = [self.query, self.key, self.value] if hasattr(self, "key") else [self.query, self.value]
+        return scatter_heads([layer(x).unflatten(-1, (-1, self.width)) for layer in layers], self.ulysses)
+
+
+def head_width(dim: int, num_heads: int, field: str, is_rotated: bool = True) -> int:
+    """``dim / num_heads``; ``field`` is what sets another width.
+
+    Raises:
+        ValueError: no whole number, or an odd one of a head that is rotated.
+    """
+    unit = num_heads * (2 if is_rotated else 1)
+    if dim % unit:
+        raise ValueError(
+            f"dim {dim} does not divide into num_heads {num_heads} heads of {'even' if is_rotated else 'equal'} width; "
+            f"set {field} or choose a dim that is a multiple of {unit}"
+        )
+    return dim // num_heads
+
+
+def check_heads(counts: Mapping[str, int], tensor: int, ulysses: int = 1) -> None:
+    """Raise ValueError when the heads of a field cannot be split over so many ranks."""
+    ranks = f"parallel.tensor {tensor}" + (f" x parallel.ulysses {ulysses}" if ulysses > 1 else "")
+    for field, count in counts.items():
+        if count % (tensor * ulysses):
+            raise ValueError(f"{field} {count} cannot be split over {ranks}; choose a multiple of {tensor * ulysses}")
+
+
+def head_slice(heads: int, tensor: Axis, ulysses: Axis) -> slice:
     """Which of a model's ``heads`` this rank mixes: the tensor axis cuts first, then Ulysses."""
     mine = heads // (tensor.size * ulysses.size)
     first = (tensor.rank * ulysses.size + ulysses.rank) * mine

@@ -16,17 +16,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightbulb.config import Cost
-from lightbulb.mixers.base import Context, DecodeState, Facts, TokenMixer
-from lightbulb.mixers.token.heads import HeadsConfig
+from lightbulb.mixers.base import Context, DecodeState, Facts
+from lightbulb.mixers.token.heads import HeadsConfig, HeadsMixer
 from lightbulb.nn.attention import attend, self_attention
 from lightbulb.nn.compressive_memory import delta_memories, features, linear_memories, read, resets, write
 from lightbulb.nn.documents import run_starts
-from lightbulb.nn.groups import enter_tensor_region, tensor_axis, ulysses_axis
-from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.parameter import Init, Logical, constant, make_parameter
 from lightbulb.nn.recompute import recompute
 from lightbulb.nn.rope import rotary_angles, rotate
-from lightbulb.nn.ulysses import gather_heads, my_heads, scatter_heads
+from lightbulb.nn.ulysses import gather_heads, my_heads
 from lightbulb.registry import register
 
 Update = Literal["linear", "delta"]
@@ -68,20 +66,12 @@ def _past_in_segment(segment: int, length: int) -> float:
     return (whole * segment * (segment + 1) + rest * (rest + 1)) / 2 / length
 
 
-class Infini(TokenMixer):
+class Infini(HeadsMixer):
     """Heads local to the tensor rank, each with a memory of its own key/value head."""
 
     def __init__(self, config: InfiniConfig, dim: int, init: Init):
-        super().__init__()
+        super().__init__(config, dim, init)
         self.config = config
-        self.axis = tensor_axis()
-        self.ulysses = ulysses_axis()
-        self.width = config.width(dim)
-        self.kv_heads = config.kv_heads // self.axis.size
-        self.query = ColumnParallelLinear(dim, config.num_heads * self.width, init.std)
-        self.key = ColumnParallelLinear(dim, config.kv_heads * self.width, init.std)
-        self.value = ColumnParallelLinear(dim, config.kv_heads * self.width, init.std)
-        self.output = RowParallelLinear(config.num_heads * self.width, dim, init.output_std)
         self.gate = make_parameter(
             Logical((config.num_heads,), None, tensor_dim=0, tensor=self.axis, fill=constant(0.0))
         )
@@ -89,11 +79,11 @@ class Infini(TokenMixer):
     def forward(
         self, x: Tensor, context: Context, state: DecodeState | None = None
     ) -> tuple[Tensor, DecodeState | None]:
-        x = enter_tensor_region(x, self.axis)
-        projected = [self.query(x), self.key(x), self.value(x)]
-        heads = scatter_heads([part.unflatten(-1, (-1, self.width)) for part in projected], self.ulysses)
-        cos, sin = rotary_angles(context.positions, self.width, self.config.rope_theta)
-        turned = [rotate(part, cos, sin) for part in heads[:2]]
+        heads = self.project(x)
+        turned = heads[:2]
+        if self.config.rope_theta is not None:
+            cos, sin = rotary_angles(context.positions, self.width, self.config.rope_theta)
+            turned = [rotate(part, cos, sin) for part in turned]
         parts = [part.permute(1, 2, 0, 3) for part in (*heads, *turned)]
         if state is not None:
             mixed, state = self._continue(parts, context.positions, state)

@@ -23,6 +23,7 @@ from torch import Tensor
 from lightbulb.config import Cost
 from lightbulb.mixers.base import Context, DecodeState, Facts, TokenMixer, TokenMixerConfig
 from lightbulb.mixers.route import route
+from lightbulb.mixers.token.heads import check_heads
 from lightbulb.mixers.token.visibility import of_cache, of_whole
 from lightbulb.nn.attention import attend
 from lightbulb.nn.attention_backend import whole_attention
@@ -102,17 +103,10 @@ class MoAConfig(TokenMixerConfig):
         return {"router": self.num_experts}
 
     def check_tensor_parallel(self, degree: int) -> None:
-        if self.num_kv_heads % degree:
-            raise ValueError(
-                f"num_kv_heads {self.num_kv_heads} cannot be split over parallel.tensor {degree}; choose a divisor"
-            )
+        check_heads({"num_kv_heads": self.num_kv_heads}, degree)
 
     def check_ulysses(self, tensor: int, ulysses: int) -> None:
-        if self.num_kv_heads % (tensor * ulysses):
-            raise ValueError(
-                f"num_kv_heads {self.num_kv_heads} cannot be split over parallel.tensor {tensor} x parallel.ulysses "
-                f"{ulysses}; choose a multiple of {tensor * ulysses}"
-            )
+        check_heads({"num_kv_heads": self.num_kv_heads}, tensor, ulysses)
 
 
 class MoA(TokenMixer):

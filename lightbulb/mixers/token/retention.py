@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightbulb.config import Cost
 from lightbulb.mixers.base import Context, DecodeState, Facts, TokenMixer, TokenMixerConfig
+from lightbulb.mixers.token.heads import check_heads, head_width
 from lightbulb.nn.activation import swiglu
 from lightbulb.nn.groups import enter_tensor_region, tensor_axis, ulysses_axis
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
@@ -67,12 +68,7 @@ class RetentionConfig(TokenMixerConfig):
         """
         if self.key_dim is not None:
             return self.key_dim
-        if dim % (2 * self.num_heads):
-            raise ValueError(
-                f"dim {dim} does not divide into num_heads {self.num_heads} heads of even width; "
-                f"set key_dim or choose a dim that is a multiple of {2 * self.num_heads}"
-            )
-        return dim // self.num_heads
+        return head_width(dim, self.num_heads, "key_dim")
 
     def log_decay(self) -> Tensor:
         """``[num_heads]`` logarithm of what each head keeps per position, in float64."""
@@ -88,17 +84,10 @@ class RetentionConfig(TokenMixerConfig):
         return Cost(params, params, 2.0 * params + chunk_flops(*sizes, context_length, self.chunk_size))
 
     def check_tensor_parallel(self, degree: int) -> None:
-        if self.num_heads % degree:
-            raise ValueError(
-                f"num_heads {self.num_heads} cannot be split over parallel.tensor {degree}; choose a multiple of it"
-            )
+        check_heads({"num_heads": self.num_heads}, degree)
 
     def check_ulysses(self, tensor: int, ulysses: int) -> None:
-        if self.num_heads % (tensor * ulysses):
-            raise ValueError(
-                f"num_heads {self.num_heads} cannot be split over parallel.tensor {tensor} x parallel.ulysses "
-                f"{ulysses}; choose a multiple of {tensor * ulysses}"
-            )
+        check_heads({"num_heads": self.num_heads}, tensor, ulysses)
 
 
 class Retention(TokenMixer):
