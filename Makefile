@@ -2,13 +2,14 @@
 #   make pretrain   prepare real text, pretrain a small mixture of experts, show what it learned
 #   make test       the quick tests        make test-all   with the slow ones
 #   make lint       ruff and mypy          make bench      benchmarks, results in docs/results
+#   make native     compile the C++ kernels again
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 PROCESSES ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup pretrain test test-all lint bench clean
+.PHONY: setup native pretrain test test-all lint bench clean
 
 setup: $(READY)
 
@@ -19,6 +20,9 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[dev]"
 	@touch $@
+
+native: $(READY)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps --reinstall-package lightbulb -e .
 
 pretrain: $(READY)
 	@echo "[1/2] preparing text"

@@ -1,15 +1,22 @@
 """Fixtures for all tests: commands as real processes, and a small prepared corpus."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch: test shapes are tiny and the ranks share cores
+if "--device=cuda" not in sys.argv and "cuda" not in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on the CPU, step by step
 
 from processes import Command  # noqa: E402
 from training_runs import write_run_file  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where tests of kernels run")
 
 
 @pytest.fixture

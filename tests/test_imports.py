@@ -14,6 +14,7 @@ FOLDERS |= {"data_prep": "lightbulb.data_prep", "launcher": "lightbulb.launcher"
 
 LEVELS = [
     ("config", "registry", "folder", "kernels"),
+    ("ops",),
     ("nn",),
     ("routing",),
     ("mixers",),
@@ -115,6 +116,15 @@ def test_imports_go_downward() -> None:
     assert not problems, "\n".join(problems)
 
 
+def test_kernels_are_reached_through_one_door() -> None:
+    strays = [
+        str(item)
+        for item in OWN
+        if part_of(item.target) == "kernels" and part_of(item.source) != "kernels" and item.source != "lightbulb.ops"
+    ]
+    assert not strays, "\n".join(strays)
+
+
 def test_imported_modules_of_our_own_exist() -> None:
     missing = [str(item) for item in OWN if item.target not in MODULES and item.target != "lightbulb"]
     assert not missing, "\n".join(missing)
@@ -147,11 +157,11 @@ def test_package_is_imported_by_one_file_at_most(package: str) -> None:
         ("lightbulb.nn.norm", "lightbulb.nn.parameter", None),
         ("lightbulb.config", "lightbulb.registry", None),
         ("lightbulb.models.block", "lightbulb.config", None),
-        ("lightbulb.nn.norm", "lightbulb.models.block", r"lightbulb.nn.norm imports lightbulb.models.block: level 1"),
-        ("lightbulb.data.loader", "lightbulb.parallel.engine", r"level 5 \(data\) may not import level 5 \(parallel\)"),
+        ("lightbulb.nn.norm", "lightbulb.models.block", r"lightbulb.nn.norm imports lightbulb.models.block: level 2"),
+        ("lightbulb.data.loader", "lightbulb.parallel.engine", r"level 6 \(data\) may not import level 6 \(parallel\)"),
         ("lightbulb.data_prep.read", "lightbulb.data.tokenizer", None),
         ("lightbulb.data_prep.read", "lightbulb.data.shards", "data_prep may see only"),
-        ("lightbulb.kernels.scan", "lightbulb.config", "may not import"),
+        ("lightbulb.kernels.scan", "lightbulb.ops", "may not import"),
         ("lightbulb.train.loop", "lightbulb.launcher.cli", "may not import"),
         ("lightbulb.surprise.file", "lightbulb.config", "'surprise' has no level"),
     ],

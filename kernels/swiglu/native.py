@@ -1,0 +1,26 @@
+"""The C++ rows, for float32 and bfloat16 on the CPU."""
+
+import torch
+from torch import Tensor
+
+from lightbulb.kernels.native import INT, POINTER, function
+
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+DTYPES = tuple(_NAMES)
+
+
+def forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """``out = silu(gate) * up``, all ``[rows, width]`` with columns side by side."""
+    call = function(f"swiglu_{_NAMES[gate.dtype]}", *[POINTER, INT] * 3, INT, INT, INT)
+    call(*_places(gate, up, out), *gate.shape, torch.get_num_threads())
+
+
+def backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+    """Write both gradients, ``[rows, width]``; either may lie where an input of its kind does."""
+    call = function(f"swiglu_grad_{_NAMES[gate.dtype]}", *[POINTER, INT] * 5, INT, INT, INT)
+    call(*_places(grad, gate, up, grad_gate, grad_up), *gate.shape, torch.get_num_threads())
+
+
+def _places(*tensors: Tensor) -> list[int]:
+    """Address and row stride of each tensor."""
+    return [number for tensor in tensors for number in (tensor.data_ptr(), tensor.stride(0))]

@@ -1,0 +1,104 @@
+"""Timing in turns: what is compared runs in the same loop, so that a slow minute of the machine hits all sides."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Run = Callable[[], object]
+
+_FLUSH_BYTES = 1 << 28  # more than any GPU's cache
+
+
+def interleaved(contenders: Mapping[str, Run], rounds: int = 15, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of every round of each contender, the order turning from round to round.
+
+    On a GPU: time between events, the cache flushed before. On one CPU thread: CPU time of the thread, which
+    neighbours on the machine disturb least. On more: wall time.
+    """
+    seconds_of = _gpu_seconds if torch.cuda.is_available() else _cpu_seconds
+    for _ in range(warmup):
+        for run in contenders.values():
+            run()
+    names, seconds = list(contenders), {name: [] for name in contenders}  # type: ignore[var-annotated]
+    for round_number in range(rounds):
+        turn = round_number % len(names)
+        for name in names[turn:] + names[:turn]:
+            seconds[name].append(seconds_of(contenders[name]))
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], peer: str, ours: str = "ours") -> float:
+    """How many times faster than the peer: the median over rounds of its time by ours."""
+    return statistics.median(theirs / mine for theirs, mine in zip(seconds[peer], seconds[ours], strict=True))
+
+
+def graphed(run: Run) -> Run:
+    """The same as a CUDA graph, so that launching costs next to nothing; on the CPU unchanged."""
+    if not torch.cuda.is_available():
+        return run
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def copy_bytes_per_second(size: int = 1 << 27) -> float:
+    """What this machine reads and writes in a copy, on the threads in use: the limit of what memory bounds."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / statistics.median(interleaved({"copy": lambda: target.copy_(source)}, 7)["copy"])
+
+
+def machine() -> dict[str, Any]:
+    """What a result was measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def report(title: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    """Print a table of the rows, then the result with :func:`machine` as one line of JSON."""
+    print(title)
+    if rows:
+        names = list(rows[0])
+        cells = [names, *([_shown(row.get(name)) for name in names] for row in rows)]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
+        for row in cells:
+            print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print(json.dumps(result | machine()))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _cpu_seconds(run: Run) -> float:
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
+    run()
+    return clock() - started
+
+
+def _gpu_seconds(run: Run) -> float:
+    torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3

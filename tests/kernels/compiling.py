@@ -1,0 +1,49 @@
+"""Compiling Triton kernels for a Hopper GPU without having one.
+
+A process of its own, because the interpreter is chosen when kernels are decorated. Reads JSON lines ``{"kernel":
+"package.module:name", "signature": {...}, "constants": {...}, "warps": 4}`` and answers each with shared memory and
+register spills, or with the compiler's error.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory that a block can have on Hopper."""
+
+
+def compile_all(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the compiler says of each kernel."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    lines = "\n".join(map(json.dumps, kernels))
+    done = subprocess.run([sys.executable, __file__], input=lines, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def compile_one(item: dict[str, Any]) -> dict[str, Any]:
+    """In the process without the interpreter: through all stages, to machine code for compute capability 9.0."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, _, name = item["kernel"].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    constants = item.get("constants", {})
+    signature = {argument: item["signature"].get(argument, "constexpr") for argument in function.arg_names}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants)
+    options = {"num_warps": item.get("warps", 4), "num_stages": item.get("stages", 3)}
+    try:
+        found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    except Exception as error:
+        return {"kernel": item["kernel"], "error": f"{type(error).__name__}: {error}"[:2000]}
+    return {"kernel": item["kernel"], "shared": found.metadata.shared, "bytes": len(found.asm["cubin"])}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(compile_one(json.loads(line))), flush=True)
