@@ -1,4 +1,4 @@
-"""Packages, extras and the C++ kernels. ``kernels/``, ``data_prep/`` and ``launcher/`` install as parts of ``lightbulb``,
+"""Packages and the C++ kernels. ``kernels/``, ``data_prep/`` and ``launcher/`` install as parts of ``lightbulb``,
 because a top-level package named ``kernels`` would collide with the one Hugging Face publishes."""
 
 import os
