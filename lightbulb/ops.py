@@ -5,5 +5,18 @@
 
 from lightbulb.kernels.choice import Kernels, choose
 from lightbulb.kernels.native import ABSENT, is_built
+from lightbulb.kernels.ternary_matmul import TernaryWeight, ternary_matmul
+from lightbulb.kernels.ternary_matmul.packing import FORMATS, PackFormat, pack_codes, unpack_codes
 
-__all__ = ["ABSENT", "Kernels", "choose", "is_built"]
+__all__ = [
+    "ABSENT",
+    "FORMATS",
+    "Kernels",
+    "PackFormat",
+    "TernaryWeight",
+    "choose",
+    "is_built",
+    "pack_codes",
+    "ternary_matmul",
+    "unpack_codes",
+]
