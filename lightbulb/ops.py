@@ -5,5 +5,6 @@
 
 from lightbulb.kernels.choice import Kernels, choose
 from lightbulb.kernels.native import ABSENT, is_built
+from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
 
-__all__ = ["ABSENT", "Kernels", "choose", "is_built"]
+__all__ = ["ABSENT", "Kernels", "choose", "is_built", "swiglu", "swiglu_", "swiglu_grad_"]
