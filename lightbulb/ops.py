@@ -5,6 +5,7 @@
 
 from lightbulb.kernels.choice import Kernels, choose
 from lightbulb.kernels.native import ABSENT, is_built
+from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
 from lightbulb.kernels.ternary_matmul import TernaryWeight, ternary_matmul
 from lightbulb.kernels.ternary_matmul.packing import FORMATS, PackFormat, pack_codes, unpack_codes
 
@@ -17,6 +18,9 @@ __all__ = [
     "choose",
     "is_built",
     "pack_codes",
+    "swiglu",
+    "swiglu_",
+    "swiglu_grad_",
     "ternary_matmul",
     "unpack_codes",
 ]
