@@ -37,7 +37,7 @@ _LARGEST_MASK = 1 << 28  # pairs of a mask that is formed after all: 256 MB
 
 
 def block_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, sink: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, sink: Tensor | None = None, detours: bool = True
 ) -> Tensor:
     """``softmax(q k^T / sqrt(width)) v`` over the visible keys; zero for a query that sees none.
 
@@ -47,11 +47,12 @@ def block_sparse_attention(
         value: as key.
         tiles: of ``problems`` masks, a divisor of ``batch * kv_heads``.
         sink: ``[heads]`` logits of one more key with value zero; zeros make it softmax1.
+        detours: PyTorch's dense attention may compute it on a GPU, where that takes less time.
 
     Returns:
         ``[batch, heads, queries, width]``.
     """
-    if sink is None and takes_tiles(query, key) and _is_dense(query, key, tiles):
+    if detours and sink is None and takes_tiles(query, key) and _is_dense(query, key, tiles):
         return _dense(query, key, value, tiles)
     return _tiled(query, key, value, tiles, sink, with_lse=False)[0]
 
@@ -70,6 +71,13 @@ def attention_with_lse(
 def takes_tiles(query: Tensor, key: Tensor) -> bool:
     """Whether the Triton kernels may compute this."""
     return takes_triton(query, key) and query.shape[3] <= launch.WIDEST
+
+
+def listed_density(query: Tensor, tiles: Tiles) -> float:
+    """The part of the score matrix in the tiles that are computed for such queries."""
+    if takes_tiles(query, query):
+        return tiles.density(*launch.shapes(query.shape[3], query.dtype).forward[:2])
+    return tiles.density(tiles.block_size, tiles.block_size)
 
 
 def describe() -> str:
@@ -100,8 +108,7 @@ def _is_dense(query: Tensor, key: Tensor, tiles: Tiles) -> bool:
     fits = tiles.problems * tiles.queries * tiles.keys <= _LARGEST_MASK
     if max(tiles.queries, tiles.keys) <= CROSSOVER_LENGTH:
         return fits
-    shape = launch.shapes(query.shape[3], query.dtype).forward
-    return tiles.density(shape.rows, shape.columns) > CROSSOVER_DENSITY and (fits or tiles.is_past)
+    return listed_density(query, tiles) > CROSSOVER_DENSITY and (fits or tiles.is_past)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles) -> Tensor:

@@ -5,8 +5,8 @@ in which pairs are tested by the bounds of their queries. Products have float32 
 with log2(e) in the scale. No program adds to what another one writes, so that the same inputs give the same bits.
 
 Arguments common to all: ``bounds`` as in ``Tiles.bounds``, of ``pairs`` numbers each; ``order``, ``starts`` and
-``place`` of a ``Schedule`` with ``lines`` lines in each problem; ``section`` heads are computed at a time; ``WIDTH`` of a
-head is padded to ``SIZE``; tiles are ``ROWS`` queries by ``COLUMNS`` keys.
+``place`` of a ``Schedule`` with ``lines`` lines in each problem; ``section`` heads are computed at a time; a head's
+``WIDTH`` is padded to ``SIZE``; tiles are ``ROWS`` queries by ``COLUMNS`` keys; ``scale`` includes log2(e).
 """
 
 import triton
@@ -30,11 +30,13 @@ def line_and_head(order, lines, heads, section, heads_per_problem):
 
 
 @triton.jit
-def load_tile(base, first, row_stride, limit, ROW_TEST: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
+def load_tile(
+    base, first, row_stride, limit, TESTED: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr
+):
     """``[ROWS, SIZE]`` from row ``first`` on, zero beyond ``limit`` rows and ``WIDTH`` features."""
     rows, features = tl.arange(0, ROWS)[:, None], tl.arange(0, SIZE)[None, :]
     pointers = base + first.to(tl.int64) * row_stride + (rows * row_stride + features)
-    if ROW_TEST:
+    if TESTED:
         if WIDTH == SIZE:
             return tl.load(pointers, mask=rows < limit - first, other=0.0)
         return tl.load(pointers, mask=(rows < limit - first) & (features < WIDTH), other=0.0)
@@ -86,15 +88,21 @@ def visible(
 
 
 @triton.jit
+def scores_of(q, k, seen, TESTED: tl.constexpr, PRECISION: tl.constexpr):
+    """Products of queries and keys; the sums of hidden pairs begin at minus infinity, and stay there."""
+    if TESTED:
+        return tl.dot(q, tl.trans(k), tl.where(seen, 0.0, float("-inf")), input_precision=PRECISION)
+    return tl.dot(q, tl.trans(k), input_precision=PRECISION)
+
+
+@triton.jit
 def forward_tile(q, k, v, total, highest, mixed, seen, scale, TESTED: tl.constexpr, PRECISION: tl.constexpr):
     """One tile into the running maximum, sum and result of its queries."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if TESTED:
-        scores = tl.where(seen, scores, float("-inf"))
+    scores = scores_of(q, k, seen, TESTED, PRECISION)
     higher = tl.maximum(highest, tl.max(scores, 1) * scale)
     # Finite also where nothing was visible yet.
     base = tl.where(higher == float("-inf"), 0.0, higher) if TESTED else higher
-    weights = tl.math.exp2(scores * scale - base[:, None])
+    weights = tl.math.exp2(tl.fma(scores, scale, -base[:, None]))
     shrink = tl.math.exp2(highest - base)
     total = total * shrink + tl.sum(weights, 1)
     mixed = tl.dot(weights.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
@@ -158,10 +166,7 @@ def load_lse(lse, index, inside):
 @triton.jit
 def query_tile(q, k, v, grad, lse, delta, seen, grad_q, scale, TESTED: tl.constexpr, PRECISION: tl.constexpr):
     """What one tile adds to the gradient of its queries, before the scale."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    weights = tl.math.exp2(scores * scale - lse[:, None])
-    if TESTED:
-        weights = tl.where(seen, weights, 0.0)
+    weights = tl.math.exp2(tl.fma(scores_of(q, k, seen, TESTED, PRECISION), scale, -lse[:, None]))
     grad_scores = weights * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     return tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
 
@@ -216,13 +221,16 @@ def grad_query_kernel(
 
 @triton.jit
 def key_tile(q, k, v, grad, lse, delta, seen, grad_k, grad_v, scale, TESTED: tl.constexpr, PRECISION: tl.constexpr):
-    """What one tile adds to the gradients of its keys and values, all of it transposed."""
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    weights = tl.math.exp2(scores * scale - lse[None, :])
+    """What one tile adds to the gradients of its keys and values, all of it transposed.
+
+    Each thread holds a quarter of every vector over queries: to begin the sums with them frees their registers."""
+    below = tl.zeros([k.shape[0], q.shape[0]], tl.float32) - (lse / scale)[None, :]
     if TESTED:
-        weights = tl.where(seen, weights, 0.0)
+        below = tl.where(seen, below, float("-inf"))
+    weights = tl.math.exp2(tl.dot(k, tl.trans(q), below, input_precision=PRECISION) * scale)
     grad_v = tl.dot(weights.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
-    grad_scores = weights * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
+    below = tl.zeros([k.shape[0], q.shape[0]], tl.float32) - delta[None, :]
+    grad_scores = weights * tl.dot(v, tl.trans(grad), below, input_precision=PRECISION)
     grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
     return grad_k, grad_v
 

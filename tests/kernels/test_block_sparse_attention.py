@@ -13,7 +13,7 @@ from lightbulb.kernels import choice
 from lightbulb.kernels.block_sparse_attention import Sight, Tiles, kernel, launch, plain, reference
 from lightbulb.kernels.block_sparse_attention.launch import Shape, Shapes
 
-BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+BOUNDS = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 SMALL = Shapes(Shape(32, 16, 4, 1), Shape(32, 16, 4, 1), Shape(16, 32, 4, 1))
 BLOCK = 12  # of strides: no multiple of a tile's sides, nor a divisor
 
@@ -24,7 +24,9 @@ def starts(length: int) -> Tensor:
     return torch.stack((place // 13 * 13, torch.where(place < length // 3, 0, length // 3)))
 
 
-def band(length: int, window: int | None, sinks: int | None = None, stride: int | None = None, packed: bool = False):
+def band(
+    length: int, window: int | None, sinks: int | None = None, stride: int | None = None, packed: bool = False
+) -> Sight:
     place = torch.arange(length)
     start = starts(length) if packed else torch.zeros(1, length, dtype=torch.long)
     stop = (place + 1).expand_as(start)
@@ -41,8 +43,8 @@ def runs(length: int, problems: int) -> Sight:
 
 
 def buckets(length: int) -> Sight:
-    """Of six heads, sorted by hash bucket."""
-    bucket = torch.randint(0, 4, (6, length), generator=torch.Generator().manual_seed(2)).sort().values
+    """Of four heads, sorted by hash bucket."""
+    bucket = torch.randint(0, 4, (4, length), generator=torch.Generator().manual_seed(2)).sort().values
     begins = torch.searchsorted(bucket, bucket)
     return Sight(begins, torch.arange(1, length + 1).expand_as(begins))
 
@@ -66,7 +68,7 @@ MASKS: dict[str, Callable[[int], Sight]] = {
     "all": lambda n: band(n, 6, 3, 3, packed=True),
     "encoder": lambda n: encoder(n, False),
     "runs": lambda n: runs(n, 1),
-    "runs by head": lambda n: runs(n, 6),
+    "runs by head": lambda n: runs(n, 4),
     "buckets": buckets,
     "nothing": lambda n: Sight(torch.zeros(1, n, dtype=torch.long), torch.zeros(1, n, dtype=torch.long)),
     "everything": lambda n: Sight(torch.zeros(1, n, dtype=torch.long), torch.full((1, n), n)),
@@ -80,8 +82,8 @@ def to(sight: Sight, device: torch.device) -> Sight:
 def tensors(
     queries: int,
     width: int = 16,
-    heads: int = 3,
-    kv_heads: int = 3,
+    heads: int = 2,
+    kv_heads: int = 2,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     keys: int | None = None,
@@ -126,7 +128,7 @@ def check(found: list[Tensor], wanted: list[Tensor], bound: float) -> None:
         assert torch.equal(mine.isfinite(), visible)
         mine, theirs = mine.double()[visible], theirs[visible]
         # Relative to the whole: a gradient is a sum of numbers larger than itself.
-        assert (mine - theirs).norm() <= bound * (theirs.norm() + 1e-3 * math.sqrt(theirs.numel()))
+        assert (mine - theirs).norm() <= bound * (theirs.norm() + 0.1 * math.sqrt(theirs.numel()))
 
 
 @pytest.fixture
@@ -135,11 +137,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("has_sink", [False, True], ids=["", "sink"])
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    ("name", "has_sink"), [(name, True) for name in MASKS] + [(name, False) for name in ("past", "runs", "nothing")]
+)
 def test_triton_masks(name: str, has_sink: bool, device: torch.device) -> None:
-    tiles = Tiles(to(MASKS[name](67), device), 67, BLOCK)
-    inputs = tensors(67, device=device)
+    tiles = Tiles(to(MASKS[name](45), device), 45, BLOCK)
+    inputs = tensors(45, device=device)
     check(results(launch.attention, inputs, tiles, has_sink, True), exact(inputs, tiles, has_sink, True), 2e-5)
 
 
@@ -147,11 +150,13 @@ def test_triton_masks(name: str, has_sink: bool, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize(
     ("length", "width", "heads", "kv_heads"),
-    [(17, 8, 1, 1), (32, 24, 4, 2), (50, 40, 4, 1), (100, 16, 2, 2), (1, 16, 2, 1)],
+    [(17, 8, 1, 1), (32, 24, 4, 2), (50, 40, 2, 1), (100, 16, 1, 1), (1, 16, 2, 1)],
 )
 def test_triton_shapes(
     length: int, width: int, heads: int, kv_heads: int, dtype: torch.dtype, device: torch.device
 ) -> None:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
     tiles = Tiles(to(band(length, 14, 3, packed=True), device), length, BLOCK)
     inputs = tensors(length, width, heads, kv_heads, dtype, device)
     found = results(launch.attention, inputs, tiles, True, False)
@@ -170,29 +175,31 @@ def test_triton_other_keys_than_queries(queries: int, keys: int, device: torch.d
 
 @pytest.mark.usefixtures("small_tiles")
 def test_triton_writes_every_number_and_the_same_again(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    tiles = Tiles(to(runs(67, 2), device), 67, BLOCK)
-    inputs = tensors(67, 24, 4, 2, device=device)
+    tiles = Tiles(to(runs(35, 2), device), 35, BLOCK)
+    inputs = tensors(35, 24, 2, 1, device=device)
     first = results(launch.attention, inputs, tiles, True, True)
-    monkeypatch.setattr(launch, "_empty", lambda x: torch.full_like(x, float("nan"), memory_format=torch.preserve_format))
+    monkeypatch.setattr(
+        launch, "_empty", lambda x: torch.full_like(x, float("nan"), memory_format=torch.preserve_format)
+    )
     for again in (results(launch.attention, inputs, tiles, True, True) for _ in range(2)):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_triton_whatever_the_tiles_and_their_order(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    sight, inputs = to(band(67, 6, 3, 3, packed=True), device), tensors(67, 16, 4, 2, device=device)
-    first = results(launch.attention, inputs, Tiles(sight, 67, BLOCK), True, True)
+    sight, inputs = to(band(45, 6, 3, 3, packed=True), device), tensors(45, 16, 2, 1, device=device)
+    first = results(launch.attention, inputs, Tiles(sight, 45, BLOCK), True, True)
     monkeypatch.setattr(launch, "shapes", lambda width, dtype: Shapes(*[Shape(16, 16, 4, 1)] * 3))
     monkeypatch.setattr(launch, "_CACHE", 1)  # one head after the other
-    check(results(launch.attention, inputs, Tiles(sight, 67, BLOCK), True, True), [t.double() for t in first], 2e-6)
+    check(results(launch.attention, inputs, Tiles(sight, 45, BLOCK), True, True), [t.double() for t in first], 2e-6)
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_triton_large_scores_and_sinks(device: torch.device) -> None:
-    tiles = Tiles(to(runs(40, 1), device), 40, BLOCK)
-    inputs = tensors(40, device=device)
+    tiles = Tiles(to(runs(33, 1), device), 33, BLOCK)
+    inputs = tensors(33, device=device)
     inputs[0] = inputs[0] * 300
-    inputs[3] = torch.tensor([-1e4, 1e4, 0.0], device=device)
+    inputs[3] = torch.tensor([-1e4, 1e4], device=device)
     found = results(launch.attention, inputs, tiles, True, False)
     assert all(t.isfinite().all() for t in found)
     assert not found[0][:, 1].any()  # all weight is on the sink
@@ -205,17 +212,17 @@ def test_triton_large_scores_and_sinks(device: torch.device) -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_results_over_different_keys_merge(device: torch.device) -> None:
     """The log-sum-exp weighs them, and takes its gradient."""
-    inputs = tensors(40, device=device)
-    near, far = band(40, 9), band(40, None)
+    inputs = tensors(33, device=device)
+    near, far = band(33, 9), band(33, None)
     far = Sight(far.start, (far.stop - 9).clamp(min=0))
-    parts = [Tiles(to(sight, device), 40, BLOCK) for sight in (near, far)]
+    parts = [Tiles(to(sight, device), 33, BLOCK) for sight in (near, far)]
 
     def merged(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, sink: Tensor | None) -> tuple[Tensor, Tensor]:
         (a, lse_a), (b, lse_b) = (launch.attention(q, k, v, part, None) for part in parts)
         share = torch.sigmoid(lse_a - lse_b)[..., None]
         return a * share + b * (1 - share), torch.logaddexp(lse_a, lse_b)
 
-    whole = Tiles(to(band(40, None), device), 40, BLOCK)
+    whole = Tiles(to(band(33, None), device), 33, BLOCK)
     check(results(merged, inputs, whole, False, False), exact(inputs, whole, False, False), 2e-5)
 
 
@@ -237,7 +244,9 @@ def test_the_door(kernels: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     tiles, inputs = Tiles(band(67, 9, 3), 67, 16), tensors(67, 12, 4, 2, dtype)
     leaves = [t.detach().requires_grad_() for t in inputs[:4]]
     out = door.block_sparse_attention(*leaves[:3], tiles, leaves[3])
-    assert out.dtype == dtype and len(used) == 1 and used[0].endswith("reference" if kernels == "reference" else "plain")
+    assert (
+        out.dtype == dtype and len(used) == 1 and used[0].endswith("reference" if kernels == "reference" else "plain")
+    )
     wanted = exact(inputs, tiles, True, False)
     found = [out.detach(), wanted[1], *torch.autograd.grad(out, leaves, inputs[4])]
     check(found, wanted, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype])
@@ -292,7 +301,9 @@ def test_schedules_list_each_visible_pair_once(name: str, tile: tuple[int, int])
     for by_key in (False, True):
         schedule = tiles.schedule(rows, columns, by_key)
         some, every = (t.transpose(1, 2) if by_key else t for t in (pairs.any(3), pairs.all(3)))
-        begins, middles, ends = (t.tolist() for t in (schedule.starts[:-1:2], schedule.starts[1::2], schedule.starts[2::2]))
+        begins, middles, ends = (
+            t.tolist() for t in (schedule.starts[:-1:2], schedule.starts[1::2], schedule.starts[2::2])
+        )
         for line in range(tiles.problems * schedule.lines):
             problem, place = divmod(line, schedule.lines)
             listed = schedule.place[begins[line] : ends[line]].tolist()
@@ -340,9 +351,17 @@ def compilation(name: str, width: int, dtype: str, **options: object) -> dict[st
     }
 
 
-def test_compiles_for_hopper() -> None:
-    every = [(name, width, "*bf16", {}) for name in POINTERS for width in (32, 64, 96, 128, 256)]
-    every += [(name, 128, "*bf16", {"SINKS": True, "STRIDE": 2, "BLOCK": 64}) for name in POINTERS]
-    every += [(name, 128, "*fp32", {}) for name in POINTERS]
-    for found in compile_all([compilation(name, width, dtype, **options) for name, width, dtype, options in every]):
+def check_compiled(kernels: list[dict[str, object]]) -> None:
+    for found in compile_all(kernels):
         assert "error" not in found and found["shared"] <= SHARED_LIMIT, found
+
+
+def test_compiles_for_hopper() -> None:
+    check_compiled([compilation(name, 128, "*bf16") for name in POINTERS])
+
+
+@pytest.mark.slow
+def test_every_width_and_mask_compiles_for_hopper() -> None:
+    kernels = [compilation(name, width, "*bf16") for name in POINTERS for width in (32, 64, 96, 256)]
+    kernels += [compilation(name, 128, "*bf16", SINKS=True, STRIDE=2, BLOCK=64) for name in POINTERS]
+    check_compiled(kernels + [compilation(name, width, "*fp32") for name in POINTERS for width in (64, 128, 256)])
