@@ -59,8 +59,8 @@ class Sight:
 
 
 def classify(sight: Sight, keys: int, block_size: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Three times ``[problems, row tiles, column tiles]`` bool, of tiles of ``rows`` queries by ``columns`` keys: what to
-    list, in what of it every pair is visible, and where ``start`` and ``stop`` decide."""
+    """Three times ``[problems, row tiles, column tiles]`` bool, of tiles of ``rows`` queries by ``columns`` keys: what
+    to list, in what of it every pair is visible, and where ``start`` and ``stop`` decide."""
     queries = sight.start.shape[1]
     bounds = sight.map(lambda bound: by_tile(bound, -(-queries // rows), rows))
     first = torch.arange(-(-keys // columns), device=sight.start.device) * columns

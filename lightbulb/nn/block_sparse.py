@@ -1,9 +1,11 @@
 """Block-sparse attention in the dtype in which this machine multiplies fastest, and masks for it."""
 
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightbulb import ops
 from lightbulb.nn.attention_mask import Rule, Visibility
@@ -12,6 +14,8 @@ from lightbulb.nn.precision import product_dtype
 from lightbulb.ops import Sight, Tiles
 
 _BLOCK = 64
+
+_of_documents = WeakIdKeyDictionary()  # a batch's document ids, by identity: their masks' tiles
 
 
 def block_sparse_attention(
@@ -36,11 +40,19 @@ def obstacle(seen: Visibility) -> str | None:
 
 def tiles_of(seen: Visibility) -> Tiles:
     """The mask of whole sequences, without an :func:`obstacle`."""
-    length, device = seen.key.order.shape[1], seen.key.order.device
-    if seen.key.documents is None:
-        return _tiles_of_one_document(seen.rule, length, device)
-    ages = seen.key.ages if seen.rule.num_global else None
-    return Tiles(_sight(seen.rule, seen.key.documents, ages), length, _BLOCK)
+    length, rule, documents = seen.key.order.shape[1], seen.rule, seen.key.documents
+    if documents is None:
+        return _tiles_of_one_document(rule, length, seen.key.order.device)
+    ages = seen.key.ages if rule.num_global else None
+    return once_per_batch(documents, rule, lambda: Tiles(_sight(rule, documents, ages), length, _BLOCK))
+
+
+def once_per_batch(documents: Tensor, mask: Hashable, make: Callable[[], Tiles]) -> Tiles:
+    """What ``make`` gives for this mask of ``documents``, which nobody changes: all layers share the lists."""
+    known = _of_documents.setdefault(documents, {})
+    if mask not in known:
+        known[mask] = make()
+    return known[mask]
 
 
 @lru_cache(maxsize=32)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from compiling import SHARED_LIMIT, compile_all
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightbulb.kernels import block_sparse_attention as door
 from lightbulb.kernels import choice
-from lightbulb.kernels.block_sparse_attention import Sight, Tiles, kernel, launch, plain, reference
+from lightbulb.kernels.block_sparse_attention import Sight, Tiles, benchmark, kernel, launch, plain, reference
 from lightbulb.kernels.block_sparse_attention.launch import Shape, Shapes
 
 BOUNDS = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -174,15 +175,17 @@ def test_triton_other_keys_than_queries(queries: int, keys: int, device: torch.d
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_triton_writes_every_number_and_the_same_again(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def test_triton_writes_every_number_and_the_same_again(device: torch.device) -> None:
     tiles = Tiles(to(runs(35, 2), device), 35, BLOCK)
     inputs = tensors(35, 24, 2, 1, device=device)
     first = results(launch.attention, inputs, tiles, True, True)
-    monkeypatch.setattr(
-        launch, "_empty", lambda x: torch.full_like(x, float("nan"), memory_format=torch.preserve_format)
-    )
-    for again in (results(launch.attention, inputs, tiles, True, True) for _ in range(2)):
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is filled with NaN
+    try:
+        assert torch.empty(3, device=device).isnan().all()
+        again = results(launch.attention, inputs, tiles, True, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -244,9 +247,7 @@ def test_the_door(kernels: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     tiles, inputs = Tiles(band(67, 9, 3), 67, 16), tensors(67, 12, 4, 2, dtype)
     leaves = [t.detach().requires_grad_() for t in inputs[:4]]
     out = door.block_sparse_attention(*leaves[:3], tiles, leaves[3])
-    assert (
-        out.dtype == dtype and len(used) == 1 and used[0].endswith("reference" if kernels == "reference" else "plain")
-    )
+    assert out.dtype == dtype and used == [(reference if kernels == "reference" else plain).__name__]
     wanted = exact(inputs, tiles, True, False)
     found = [out.detach(), wanted[1], *torch.autograd.grad(out, leaves, inputs[4])]
     check(found, wanted, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype])
@@ -296,26 +297,39 @@ def test_when_to_take_the_detour(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", MASKS)
 def test_schedules_list_each_visible_pair_once(name: str, tile: tuple[int, int]) -> None:
     tiles, (rows, columns) = Tiles(MASKS[name](67), 67, BLOCK), tile
-    mask = torch.nn.functional.pad(tiles.sight.mask(67, BLOCK), (0, -67 % columns, 0, -67 % rows))
-    pairs = mask.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3).flatten(3)
+    mask = pad(tiles.sight.mask(67, BLOCK), (0, -67 % columns))
+    some, every = (  # a tile is full when all the queries there are see it
+        pad(mask, (0, 0, 0, -67 % rows), value=filler).unflatten(2, (-1, columns)).unflatten(1, (-1, rows))
+        for filler in (False, True)
+    )
+    some, every = some.any(4).any(2), every.all(4).all(2)
     for by_key in (False, True):
         schedule = tiles.schedule(rows, columns, by_key)
-        some, every = (t.transpose(1, 2) if by_key else t for t in (pairs.any(3), pairs.all(3)))
-        begins, middles, ends = (
-            t.tolist() for t in (schedule.starts[:-1:2], schedule.starts[1::2], schedule.starts[2::2])
-        )
+        starts = schedule.starts.tolist()
         for line in range(tiles.problems * schedule.lines):
             problem, place = divmod(line, schedule.lines)
-            listed = schedule.place[begins[line] : ends[line]].tolist()
+            begin, middle, end = starts[2 * line : 2 * line + 3]
+            listed = schedule.place[begin:end].tolist()
             assert len(set(listed)) == len(listed)
             assert set(some[problem, place].nonzero()[:, 0].tolist()) <= set(listed)
-            full = schedule.place[begins[line] : middles[line]]
-            # The last row of tiles may hold fewer queries: it is full when they see all.
-            assert every[problem, place, full].all() or 67 % rows
+            assert every[problem, place, schedule.place[begin:middle]].all()
+        some, every = some.transpose(1, 2), every.transpose(1, 2)
         counts = schedule.starts[::2].diff().view(tiles.problems, -1)
         order = schedule.order.view(tiles.problems, -1).long()
         assert torch.equal(order.sort(1).values, torch.arange(schedule.lines).expand_as(order))
         assert (counts.gather(1, order).diff(dim=1) <= 0).all()
+
+
+def test_benchmark_compares_the_same_masks() -> None:
+    place = torch.arange(2048)
+    for mask in benchmark.masks(2048).values():
+        found = mask.visible(place[0], place[0], place[:, None], place)
+        assert torch.equal(found, to(mask.sight, place.device).mask(2048, 64)[0])
+
+
+def test_benchmark_finds_the_crossing() -> None:
+    assert benchmark.crossing([(0.1, 3.0), (0.3, 1.5), (0.5, 0.5)]) == pytest.approx(0.4)
+    assert benchmark.crossing([(0.1, 0.9)]) == 0 and benchmark.crossing([(0.1, 2.0)]) == 1
 
 
 def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
