@@ -193,8 +193,9 @@ def grad_query_kernel(
     deltas = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     if HAS_GRAD_LSE:
         deltas -= tl.load(grad_lse + row_index, mask=inside, other=0.0)
-    tl.store(delta + row_index, deltas, mask=inside)
     logs = load_lse(lse, row_index, inside)
+    deltas = tl.where(logs == float("inf"), 0.0, deltas)  # whatever gradient a row of nothing gets
+    tl.store(delta + row_index, deltas, mask=inside)
     grad_q = tl.zeros([ROWS, SIZE], tl.float32)
     begin, middle, end = tl.load(starts + 2 * line), tl.load(starts + 2 * line + 1), tl.load(starts + 2 * line + 2)
     for entry in range(begin, middle):

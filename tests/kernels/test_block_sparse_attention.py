@@ -107,13 +107,14 @@ Core = Callable[..., tuple[Tensor, Tensor]]
 
 
 def results(core: Core, inputs: list[Tensor], tiles: Tiles, has_sink: bool, has_lse: bool) -> list[Tensor]:
-    """The result, the log-sum-exp and every gradient. Where a query sees nothing, nothing depends on the latter."""
+    """The result, the log-sum-exp and every gradient. Where a query sees nothing, the gradient of the latter is NaN,
+    which must not get through."""
     q, k, v, sink, grad, grad_lse = inputs
     leaves = [t.detach().requires_grad_() for t in ((q, k, v, sink) if has_sink else (q, k, v))]
     out, lse = core(*leaves[:3], tiles, leaves[3] if has_sink else None)
     wanted = [(out, grad)]
     if has_lse:
-        wanted.append((lse, torch.where(lse.isinf(), 0, grad_lse.to(lse.dtype))))
+        wanted.append((lse, torch.where(lse.isinf(), float("nan"), grad_lse.to(lse.dtype))))
     found = torch.autograd.grad([y for y, _ in wanted], leaves, [g for _, g in wanted])
     return [out.detach(), lse.detach(), *found]
 
