@@ -3,6 +3,7 @@
 ``LIGHTBULB_KERNELS=reference``, or ``kernels: reference`` in a run file, computes all of them by the twins.
 """
 
+from lightbulb.kernels.block_sparse_attention import Sight, Tiles, block_sparse_attention, takes_tiles
 from lightbulb.kernels.choice import Kernels, choose
 from lightbulb.kernels.native import ABSENT, is_built
 from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
@@ -14,13 +15,17 @@ __all__ = [
     "FORMATS",
     "Kernels",
     "PackFormat",
+    "Sight",
     "TernaryWeight",
+    "Tiles",
+    "block_sparse_attention",
     "choose",
     "is_built",
     "pack_codes",
     "swiglu",
     "swiglu_",
     "swiglu_grad_",
+    "takes_tiles",
     "ternary_matmul",
     "unpack_codes",
 ]

@@ -10,7 +10,7 @@ from lightbulb.mixers.base import TokenMixerConfig
 from lightbulb.mixers.token.attention import AttentionConfig
 from lightbulb.mixers.token.block_sparse import BlockSparseConfig, band_tiles
 from lightbulb.mixers.token.infini import InfiniConfig
-from lightbulb.nn.block_sparse import Tiles, block_sparse_attention
+from lightbulb.ops import Tiles, block_sparse_attention
 from mixer_peers.growth import ratio, seconds_per_token
 from mixer_peers.timing import interleaved
 
@@ -47,7 +47,7 @@ def growth(rounds: int) -> dict[str, dict[int, float]]:
 
 def _density(tiles: Tiles) -> float:
     """Listed tiles over those of dense causal attention."""
-    return len(tiles.column) / (tiles.query_tiles * (tiles.query_tiles + 1) / 2)
+    return len(tiles.lists.column) / (tiles.lists.query_tiles * (tiles.lists.query_tiles + 1) / 2)
 
 
 def _step(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:

@@ -6,13 +6,16 @@ from torch import Tensor
 
 from lightbulb.nn.attention import self_attention
 from lightbulb.nn.attention_mask import Visibility
+from lightbulb.nn.block_sparse import block_sparse_attention, tiles_of
+from lightbulb.nn.block_sparse import obstacle as tiles_obstacle
 from lightbulb.nn.flash import flash_self_attention, obstacle
 from lightbulb.nn.flex import flex_self_attention
+from lightbulb.ops import takes_tiles
 
-Backend = Literal["auto", "sdpa", "flex", "flash"]
+Backend = Literal["auto", "sdpa", "flex", "flash", "tiles"]
 """``sdpa``: PyTorch's scaled_dot_product_attention, or blocks of products on CPU; ``flex``: FlexAttention; ``flash``:
-flash-attn; ``auto``: on CUDA flash-attn where it is installed and can, else FlexAttention for windows and sinks; as
-``sdpa`` for the rest."""
+flash-attn; ``tiles``: LightBulb's block-sparse kernels; ``auto``: on CUDA flash-attn where it is installed and can,
+else tiles where they can, or FlexAttention, for windows, documents and sinks; as ``sdpa`` for the rest."""
 
 
 def whole_attention(
@@ -37,6 +40,12 @@ def whole_attention(
             return flash_self_attention(query, key, value, seen)
         if backend == "flash":
             raise ValueError(f"backend 'flash': {against}; set backend: auto")
+    if backend == "tiles" or backend == "auto" and takes_tiles(query, key) and (sink is not None or not seen.plain):
+        against = tiles_obstacle(seen)
+        if against is None:
+            return block_sparse_attention(query, key, value, tiles_of(seen), sink)
+        if backend == "tiles":
+            raise ValueError(f"backend 'tiles': {against}; set backend: auto")
     rule = seen.rule
     skips = not seen.plain and (rule.window is not None or rule.max_distance is not None)
     on_cuda = query.device.type == "cuda"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightbulb.nn.block_sparse import Sight, block_sparse_attention, list_tiles
+from lightbulb.nn.block_sparse import block_sparse_attention
 from lightbulb.nn.documents import run_starts
+from lightbulb.ops import Sight, Tiles
 
 
 def hash_buckets(x: Tensor, rotation: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def hash_attention(
         labels.append(document_ids.repeat_interleave(heads, 0).gather(1, order))
     start = run_starts(*labels)
     stop = torch.arange(1, length + 1, device=order.device).expand_as(order)
-    tiles = list_tiles(Sight(start, stop), length, block_size)
+    tiles = Tiles(Sight(start, stop), length, block_size)
     query, key, value = (take(x, order) for x in (query, key, value))
     return put(block_sparse_attention(query, key, value, tiles), order, length)
 
@@ -87,7 +88,7 @@ def kept_attention(
     if document_start is not None:
         first = document_start.repeat_interleave(heads, 0).gather(1, kept_queries)
         start = torch.searchsorted(kept_keys, first)
-    tiles = list_tiles(Sight(start, stop), kept_keys.shape[1], block_size)
+    tiles = Tiles(Sight(start, stop), kept_keys.shape[1], block_size)
     query, key, value = take(query, kept_queries), take(key, kept_keys), take(value, kept_keys)
     return put(block_sparse_attention(query, key, value, tiles), kept_queries, length)
 

@@ -73,6 +73,40 @@ def test_flex_does_not_train_on_cpu() -> None:
         mixer("flex", {})(inputs(), contexts()["whole"])
 
 
+# --- tiles
+
+
+@pytest.mark.parametrize("options", [*RULES.values(), *SINKS.values(), *LAMBDA.values()], ids=str)
+@pytest.mark.parametrize("name", ["whole", "documents"])
+def test_equality_tiles_are_sdpa(options: dict[str, Any], name: str) -> None:
+    context, results = contexts()[name], []
+    for backend in ("tiles", "sdpa"):
+        x, module = inputs().double().requires_grad_(), mixer(backend, options).double()
+        y = module(x, context)[0]
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        results.append([y, *torch.autograd.grad(y, (x, *module.parameters()), grad)])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_equality_tiles_of_documents_that_began_earlier() -> None:
+    places = torch.arange(LENGTH)
+    ids = torch.stack((places // 4, (places > 6).long()))
+    context = Context(places, ids, ages=torch.where(ids == 0, places + 2, places - 4 * ids))
+    for options in LAMBDA.values():
+        found, wanted = (mixer(backend, options)(inputs(), context)[0] for backend in ("tiles", "sdpa"))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("gists", "tiles have no mask for gist tokens"), ("gaps", "tiles take no positions per sample")],
+)
+def test_what_tiles_cannot_do_is_said(name: str, why: str) -> None:
+    with pytest.raises(ValueError, match=f"backend 'tiles': {why}; set backend: auto"):
+        mixer("tiles", {})(inputs(), contexts()[name])
+
+
 # --- flash-attn
 
 

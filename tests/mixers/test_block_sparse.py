@@ -9,16 +9,18 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightbulb.config import ConfigError, build_config
+from lightbulb.kernels.block_sparse_attention import plain
+from lightbulb.kernels.block_sparse_attention.lists import FULL, Lists
 from lightbulb.mixers.base import Context
 from lightbulb.mixers.token.block_sparse import BlockSparse, BlockSparseConfig, band_tiles
-from lightbulb.nn import block_sparse as core
 from lightbulb.nn import precision
 from lightbulb.nn.attention import self_attention
-from lightbulb.nn.block_sparse import FULL, Sight, Tiles, block_sparse_attention, list_tiles
+from lightbulb.nn.block_sparse import block_sparse_attention
 from lightbulb.nn.documents import run_starts
 from lightbulb.nn.dynamic_sparse import hash_attention, hash_buckets, kept_attention, put, take
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import Init, initialise
+from lightbulb.ops import Sight, Tiles
 
 DIM = 16
 
@@ -87,7 +89,7 @@ def assert_same(found: Tensor, wanted: Tensor, inputs: tuple[Tensor, ...]) -> No
 def test_equality_tiles_are_dense_masked_softmax(name: str, packed: bool, block_size: int) -> None:
     for length in (1, 16, 61):  # 61: tiles of 4 slide for more rows than views need
         inputs, sight = heads(length), SIGHTS[name](length, packed)
-        found = block_sparse_attention(*inputs, list_tiles(sight, length, block_size))
+        found = block_sparse_attention(*inputs, Tiles(sight, length, block_size))
         assert_same(found, dense(*inputs, sight.mask(length, block_size)), inputs)
 
 
@@ -97,7 +99,7 @@ def test_equality_any_runs_of_keys_and_rows_without(problems: int, block_size: i
     inputs, sight = heads(30, 4, 4), scattered(30, problems)
     mask = sight.mask(30, block_size)
     assert not mask.any(-1).all() and mask.any()
-    found = block_sparse_attention(*inputs, list_tiles(sight, 30, block_size))
+    found = block_sparse_attention(*inputs, Tiles(sight, 30, block_size))
     assert_same(found, dense(*inputs, mask), inputs)
     blind = ~mask.any(-1).repeat_interleave(8 // problems, 0).view(2, 4, 30)
     assert (found[blind] == 0).all()
@@ -106,12 +108,12 @@ def test_equality_any_runs_of_keys_and_rows_without(problems: int, block_size: i
 def test_equality_more_keys_than_queries() -> None:
     inputs = heads(7, 4, 4, keys=19)
     sight = Sight(torch.arange(7)[None], torch.arange(7)[None] + 12)
-    found = block_sparse_attention(*inputs, list_tiles(sight, 19, 4))
+    found = block_sparse_attention(*inputs, Tiles(sight, 19, 4))
     assert_same(found, dense(*inputs, sight.mask(19, 4)), inputs)
 
 
 def test_gradients_are_those_of_the_values() -> None:
-    inputs, tiles = heads(6, 2, 1), list_tiles(band(6, 2, 1, 2, packed=True), 6, 2)
+    inputs, tiles = heads(6, 2, 1), Tiles(band(6, 2, 1, 2, packed=True), 6, 2)
     assert torch.autograd.gradcheck(lambda *inputs: block_sparse_attention(*inputs, tiles), inputs)
 
 
@@ -121,7 +123,7 @@ def test_core_in_bfloat16_is_within_rounding(name: str, amx: bool, monkeypatch: 
     monkeypatch.setattr(precision, "has_amx", lambda: amx)
     sight, lower = SIGHTS[name](300, False), [t.detach().bfloat16().requires_grad_() for t in heads(300)]
     exact = [t.detach().double().requires_grad_() for t in lower]
-    found = block_sparse_attention(*lower, list_tiles(sight, 300, 8))
+    found = block_sparse_attention(*lower, Tiles(sight, 300, 8))
     wanted = dense(*exact, sight.mask(300, 8))
     grad = torch.randn_like(found)
     results = [found, *torch.autograd.grad(found, lower, grad)]
@@ -134,11 +136,11 @@ def test_core_in_bfloat16_is_within_rounding(name: str, amx: bool, monkeypatch: 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equality_full_mask_and_wide_window_are_causal_attention(window: int | None, kv_heads: int) -> None:
     inputs = heads(40, 4, kv_heads)
-    found = block_sparse_attention(*inputs, list_tiles(band(40, window), 40, 8))
+    found = block_sparse_attention(*inputs, Tiles(band(40, window), 40, 8))
     assert_same(found, self_attention(*inputs), inputs)
 
 
-def shuffled(tiles: Tiles) -> Tiles:
+def shuffled(tiles: Lists) -> Lists:
     order = torch.cat(
         [begin + torch.randperm(end - begin) for begin, end in zip(tiles.row_start, tiles.row_start[1:], strict=False)]
     )
@@ -147,17 +149,17 @@ def shuffled(tiles: Tiles) -> Tiles:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_equality_in_any_order_of_the_tiles(packed: bool) -> None:
-    inputs, tiles = heads(61), list_tiles(band(61, 9, 3, 3, packed), 61, 4)
+    inputs, tiles = heads(61), Tiles(band(61, 9, 3, 3, packed), 61, 4).lists
     mixed = shuffled(tiles)
     assert not torch.equal(mixed.column, tiles.column)
-    assert_same(block_sparse_attention(*inputs, mixed), block_sparse_attention(*inputs, tiles), inputs)
+    assert_same(plain.attention(*inputs, mixed)[0], plain.attention(*inputs, tiles)[0], inputs)
 
 
 def test_equality_whatever_fits_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, tiles = heads(61), list_tiles(band(61, 9), 61, 4)
-    assert any(group.slides for group in tiles.groups)
+    inputs, tiles = heads(61), Tiles(band(61, 9), 61, 4)
+    assert any(group.slides for group in tiles.lists.groups)
     whole = block_sparse_attention(*inputs, tiles)
-    monkeypatch.setattr(core, "_SCORES", 200)
+    monkeypatch.setattr(plain, "_SCORES", 200)
     assert_same(block_sparse_attention(*inputs, tiles), whole, inputs)
 
 
@@ -165,7 +167,7 @@ def test_equality_stride_opens_blocks_behind_the_own_one_only() -> None:
     inputs, sight = heads(12), band(12, 2, stride=2)
     wanted = torch.tensor([[n - 2 < m <= n or n // 4 - m // 4 == 2 for m in range(12)] for n in range(12)])
     assert torch.equal(sight.mask(12, 4)[0], wanted)
-    assert_same(block_sparse_attention(*inputs, list_tiles(sight, 12, 4)), dense(*inputs, wanted[None]), inputs)
+    assert_same(block_sparse_attention(*inputs, Tiles(sight, 12, 4)), dense(*inputs, wanted[None]), inputs)
     config = BlockSparseConfig(num_heads=4, block_size=4, window=2, stride=2)
     assert config.visible(12) == pytest.approx(float(wanted.sum() / 12))
 
@@ -174,7 +176,7 @@ def test_equality_stride_opens_blocks_behind_the_own_one_only() -> None:
 @pytest.mark.parametrize("name", SIGHTS)
 def test_tiles_are_listed_that_hold_a_visible_pair_and_full_where_all_are(name: str, packed: bool) -> None:
     sight, block = SIGHTS[name](64, packed), 8
-    tiles = list_tiles(sight, 64, block)
+    tiles = Tiles(sight, 64, block).lists
     pairs = sight.mask(64, block).view(-1, 8, block, 8, block).transpose(2, 3).flatten(3).flatten(0, 1)
     row = torch.repeat_interleave(torch.arange(len(tiles.row_start) - 1), tiles.row_start.diff())
     assert torch.equal(torch.stack((row, tiles.column), 1), pairs.any(-1).nonzero())
@@ -182,12 +184,12 @@ def test_tiles_are_listed_that_hold_a_visible_pair_and_full_where_all_are(name: 
 
 
 def test_work_grows_with_the_density() -> None:
-    tiles = list_tiles(band(4096, 256), 4096, 64)
-    dense_tiles = len(list_tiles(band(4096, None), 4096, 64).column)
+    tiles = Tiles(band(4096, 256), 4096, 64).lists
+    dense_tiles = len(Tiles(band(4096, None), 4096, 64).lists.column)
     assert len(tiles.column) / dense_tiles < 0.15
     buckets = torch.randint(0, 16, (1, 4096), generator=torch.Generator().manual_seed(0)).sort().values
     sight = Sight(run_starts(buckets), torch.arange(1, 4097)[None])
-    assert len(list_tiles(sight, 4096, 64).column) / dense_tiles < 2.5 / 16  # 1/16, and the tiles at the edges
+    assert len(Tiles(sight, 4096, 64).lists.column) / dense_tiles < 2.5 / 16  # 1/16, and the tiles at the edges
 
 
 def hashed(length: int, buckets: int) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -85,7 +85,7 @@ class AttentionConfig(HeadsConfig):
             raise ValueError(
                 f"relative_positions {self.relative_positions} take the place of the rotation; set rope_theta: null"
             )
-        if self.backend in ("flex", "flash"):
+        if self.backend in ("flex", "flash", "tiles"):
             self._check_kernel()
         return self
 
@@ -129,8 +129,8 @@ class AttentionConfig(HeadsConfig):
         return Cost(params, params, 2.0 * matrices + attended + by_position + projected)
 
     def check_gaps(self) -> None:
-        if self.backend == "flash":
-            raise ValueError("backend 'flash' takes no positions per sample; set backend: auto")
+        if self.backend in ("flash", "tiles"):
+            raise ValueError(f"backend {self.backend!r} takes no positions per sample; set backend: auto")
 
 
 class Attention(HeadsMixer):

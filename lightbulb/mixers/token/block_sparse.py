@@ -26,7 +26,7 @@ from lightbulb.config import Cost
 from lightbulb.mixers.base import Context, DecodeState, Facts
 from lightbulb.mixers.token.heads import HeadsConfig, HeadsMixer, head_slice
 from lightbulb.nn.attention import attend
-from lightbulb.nn.block_sparse import Sight, Tiles, block_sparse_attention, list_tiles
+from lightbulb.nn.block_sparse import block_sparse_attention, once_per_batch
 from lightbulb.nn.documents import run_starts
 from lightbulb.nn.dynamic_sparse import hash_attention, hash_buckets, kept_attention
 from lightbulb.nn.groups import share_in_tensor_region
@@ -37,6 +37,7 @@ from lightbulb.nn.parameter import Init
 from lightbulb.nn.recompute import recompute
 from lightbulb.nn.rope import rotary_angles, rotate
 from lightbulb.nn.ulysses import gather_heads
+from lightbulb.ops import Sight, Tiles
 from lightbulb.registry import register
 
 _OWN_FIELDS = {
@@ -203,12 +204,11 @@ class BlockSparse(HeadsMixer):
         return query, key, value, bucket
 
     def _banded(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        config, length = self.config, query.shape[2]
-        if context.document_ids is None:
+        config, length, documents = self.config, query.shape[2], context.document_ids
+        if documents is None:
             tiles = band_tiles(config, length, query.device)
         else:
-            sight = _band(config, context.positions, run_starts(context.document_ids))
-            tiles = list_tiles(sight, length, config.block_size)
+            tiles = once_per_batch(documents, config, lambda: _packed_tiles(config, context.positions, documents))
         return _run(context, block_sparse_attention, query, key, value, tiles)
 
     def _hashed(self, query: Tensor, key: Tensor, value: Tensor, bucket: Tensor | None, context: Context) -> Tensor:
@@ -268,7 +268,12 @@ def _band(config: BlockSparseConfig, positions: Tensor, start: Tensor) -> Sight:
 def band_tiles(config: BlockSparseConfig, length: int, device: torch.device) -> Tiles:
     """The tiles of one document of ``length`` tokens, pattern ``band``."""
     positions = torch.arange(length, device=device)
-    return list_tiles(_band(config, positions, torch.zeros_like(positions)[None]), length, config.block_size)
+    return Tiles(_band(config, positions, torch.zeros_like(positions)[None]), length, config.block_size)
+
+
+def _packed_tiles(config: BlockSparseConfig, positions: Tensor, documents: Tensor) -> Tiles:
+    """The same of ``documents [batch, length]``."""
+    return Tiles(_band(config, positions, run_starts(documents)), len(positions), config.block_size)
 
 
 def _kept(noise: Tensor, drop: float) -> Tensor:
