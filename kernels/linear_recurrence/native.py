@@ -1,0 +1,2 @@
+DTYPES=()
+FEW=8
