@@ -4,6 +4,7 @@
 """
 
 from lightbulb.kernels.choice import Kernels, choose
+from lightbulb.kernels.linear_recurrence import linear_recurrence, state_dtype
 from lightbulb.kernels.native import ABSENT, is_built
 
-__all__ = ["ABSENT", "Kernels", "choose", "is_built"]
+__all__ = ["ABSENT", "Kernels", "choose", "is_built", "linear_recurrence", "state_dtype"]

@@ -91,8 +91,9 @@ class _Triton(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, log_decay, state, starts, *sums = ctx.saved_tensors
         (grad,) = _rows(grad)
+        needed = ctx.needs_input_grad[3] and log_decay.ndim == 3
         dq, dk, dv, d_decay, d_state = kernel.backward(
-            grad, grad_state, query, key, value, state, kernel.Decays(*sums, ctx.rows), starts, ctx.needs_input_grad[3]
+            grad, grad_state, query, key, value, state, kernel.Decays(*sums, ctx.rows), starts, needed
         )
         return dq, dk, dv, _decay_gradient(d_decay, log_decay), d_state, None, None
 
@@ -120,7 +121,7 @@ class _Native(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, log_decay, starts, entering = ctx.saved_tensors
         (grad,) = _rows(grad)
-        needed = ctx.needs_input_grad[3]
+        needed = ctx.needs_input_grad[3] and log_decay.ndim == 3
         dq, dk, dv, d_decay, d_state = native.backward(
             grad, grad_state, query, key, value, log_decay, starts, entering, ctx.chunk_size, needed
         )

@@ -241,15 +241,13 @@ def mix_kernel(
         weights = tl.where(seen, weights * tl.exp(tl.where(seen, span, 0.0)), 0.0)
         far = tl.where(reached[:, None], far * fade[:, None], 0.0)
         others = tl.load(c + batch * c_b + result * c_h + rows[:, None] * c_t + ws[None, :], mask=in_row, other=0.0)
-        weights = weights.to(others.dtype)
-        near = tl.dot(weights, others, input_precision=PRECISION)
         if HAS_DOTS:
             own = tl.load(x + batch * x_b + result * x_h + rows[:, None] * x_t + ws[None, :], mask=in_row, other=0.0)
-            own = own.to(tl.float32)
-            diagonal = tl.sum(tl.where(index[:, None] == index[None, :], weights.to(tl.float32), 0.0), 1)
-            tl.store(far_dots + totals, tl.sum(far * own, 1))
-            tl.store(near_dots + totals, tl.sum(near * own, 1) - diagonal * tl.sum(others.to(tl.float32) * own, 1))
-        total += far + near
+            tl.store(far_dots + totals, tl.sum(far * own.to(tl.float32), 1))
+            pairs = weights * tl.dot(own, tl.trans(others), input_precision=PRECISION)
+            # A row meets itself without a decay.
+            tl.store(near_dots + totals, tl.sum(tl.where(index[:, None] == index[None, :], 0.0, pairs), 1))
+        total = tl.dot(weights.to(others.dtype), others, total + far, input_precision=PRECISION)
     tl.store(out + batch * out_b + result * out_h + rows[:, None] * out_t + ws[None, :], total, mask=in_row)
 
 
