@@ -130,10 +130,7 @@ def state_kernel(
             blocks = tl.num_programs(0) * tl.num_programs(1)
             block = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
             tl.store(along + (item * chunks + chunk) * blocks + block, gradient)
-        if REVERSED:
-            fade = tl.exp(total_high + total_low)
-        else:
-            fade = tl.exp((end_high - total_high) + (end_low - total_low))
+        fade = tl.exp(total_high + total_low if REVERSED else (end_high - total_high) + (end_low - total_low))
         left = tl.load(a + rows[None, :] * a_t + ks[:, None], mask=inside[None, :] & (ks < K)[:, None], other=0.0)
         right = tl.load(b + rows[:, None] * b_t + ws[None, :], mask=keep[:, None] & (ws < W)[None, :], other=0.0)
         faded = (right.to(tl.float32) * fade[:, None]).to(left.dtype)

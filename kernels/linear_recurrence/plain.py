@@ -1,4 +1,4 @@
-"""Plain torch, chunk by chunk: quadratic inside chunks, a state passed between them, nearly all of it in matrix products.
+"""Plain torch, chunk by chunk: a state passed between chunks, nearly all of it in matrix products.
 
 The sums of token-dependent decays run through all documents of a chunk: another document can change their last digits,
 those of float64 in results and those of the state's dtype in the decays' gradient.

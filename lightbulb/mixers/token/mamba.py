@@ -5,8 +5,8 @@
 is Vision Mamba's, 2024, arXiv:2401.09417: a second scan with weights of its own over the reversed sequence, both
 behind one gate.
 
-In the names of :func:`lightbulb.ops.linear_recurrence`, which runs it chunk by chunk, B is the key, C the query and x the value.
-The norm is over the heads of each group, as in the paper's code; one group's heads on several tensor ranks sum their
+In the names of :func:`lightbulb.ops.linear_recurrence`, which runs it, B is the key, C the query and x the value. The
+norm is over the heads of each group, as in the paper's code; one group's heads on several tensor ranks sum their
 squares over them, so that every layout computes the same function.
 """
 

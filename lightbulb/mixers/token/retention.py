@@ -154,9 +154,7 @@ class Retention(TokenMixer):
         places = torch.maximum(_places(context), last)
         decay = self._log_decay(value)[:, None] * places.diff(dim=1, prepend=last)[:, None]
         key = _only_present(key, context)
-        mixed, memory = linear_recurrence(
-            query, key, value, decay, state["memory"], chunk_size=self.config.chunk_size
-        )
+        mixed, memory = linear_recurrence(query, key, value, decay, state["memory"], chunk_size=self.config.chunk_size)
         return mixed, {"memory": memory, "position": places[:, -1]}
 
     def _log_decay(self, value: Tensor) -> Tensor:
