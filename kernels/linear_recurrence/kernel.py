@@ -22,6 +22,8 @@ from torch import Tensor
 MAX_WIDTH = 256
 """Widest keys and values."""
 
+_PROGRAMS = 256  # about two for each processor of a large GPU
+
 
 @triton.jit
 def decay_kernel(
@@ -343,7 +345,7 @@ def scan(
     """States before (reversed: behind) each chunk, ``[batch, heads, chunks, K, W]`` in the dtype of ``a``; the state
     after all; with ``entering`` also the parts of the gradient along the chunks, ``[batch, heads, chunks, blocks]``."""
     (batch, heads, length, width), keys = b.shape, a.shape[3]
-    tiles = state_tiles(keys, width)
+    tiles = state_tiles(keys, width, batch * heads)
     grid = triton.cdiv(keys, tiles["BLOCK_K"]), triton.cdiv(width, tiles["BLOCK_W"]), batch * heads
     states = a.new_empty(batch, heads, sums.chunks, keys, width)
     last = torch.empty_like(first, memory_format=torch.contiguous_format)
@@ -421,8 +423,11 @@ def mix(
     return out, far, near
 
 
-def decay_gradient(parts: list[Tensor], along: Tensor, sums: Decays, starts: Tensor | None, length: int) -> Tensor:
+def decay_gradient(
+    parts: list[Tensor | None], along: Tensor | None, sums: Decays, starts: Tensor | None, length: int
+) -> Tensor:
     """``[batch, heads, length]`` float32, from the four products of :func:`mix` in the kernel's order."""
+    assert along is not None
     batch, heads = sums.high.shape[:2]
     out = along.new_empty(batch, heads, length)
     decay_gradient_kernel[sums.chunks, batch * heads](
@@ -474,9 +479,13 @@ def backward(
     return dq, dk, dv, d_decay, d_first
 
 
-def state_tiles(keys: int, width: int) -> dict[str, Any]:
-    """Block sizes and warps of :func:`state_kernel`: 64 x 64 of a state are 32 registers a thread."""
-    return {"BLOCK_K": _block(keys, 64), "BLOCK_W": _block(width, 64), "num_warps": 4, "num_stages": 3}
+def state_tiles(keys: int, width: int, items: int) -> dict[str, Any]:
+    """Block sizes and warps of :func:`state_kernel`: 64 x 64 of a state are 32 registers a thread. Few sequences, which
+    leave processors idle as long as the chunks last, get narrower blocks."""
+    block_k, block_w = _block(keys, 64), _block(width, 64)
+    while block_w > 16 and items * triton.cdiv(keys, block_k) * triton.cdiv(width, block_w) < _PROGRAMS:
+        block_w //= 2
+    return {"BLOCK_K": block_k, "BLOCK_W": block_w, "num_warps": 4, "num_stages": 3}
 
 
 def mix_tiles(keys: int, width: int, element_size: int) -> dict[str, Any]:
@@ -497,4 +506,4 @@ def _block(width: int, most: int) -> int:
 
 
 def _starts_strides(starts: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if starts is None else starts.stride()
+    return (0, 0) if starts is None else (starts.stride(0), starts.stride(1))

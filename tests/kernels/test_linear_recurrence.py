@@ -327,7 +327,7 @@ def large_kernels(width: int, element: str) -> list[dict[str, Any]]:
     shared["PRECISION"] = kernel.precision(torch.float32 if size == 4 else torch.bfloat16)
     items = []
     for is_backward in (False, True):
-        tiles = kernel.state_tiles(width, width)
+        tiles = kernel.state_tiles(width, width, 256)
         warps = {"warps": tiles.pop("num_warps"), "stages": tiles.pop("num_stages")}
         flags = {"REVERSED": is_backward, "HAS_ALONG": is_backward}
         items.append(compiled("state_kernel", element, warps, shared | tiles | flags))
