@@ -5,6 +5,7 @@
 
 from lightbulb.kernels.block_sparse_attention import Sight, Tiles, block_sparse_attention, takes_tiles
 from lightbulb.kernels.choice import Kernels, choose
+from lightbulb.kernels.linear_recurrence import linear_recurrence, state_dtype
 from lightbulb.kernels.native import ABSENT, is_built
 from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
 from lightbulb.kernels.ternary_matmul import TernaryWeight, ternary_matmul
@@ -21,7 +22,9 @@ __all__ = [
     "block_sparse_attention",
     "choose",
     "is_built",
+    "linear_recurrence",
     "pack_codes",
+    "state_dtype",
     "swiglu",
     "swiglu_",
     "swiglu_grad_",

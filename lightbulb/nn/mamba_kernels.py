@@ -1,4 +1,8 @@
-"""The one door to mamba-ssm's Triton kernels (Dao and Gu 2024, arXiv:2405.21060), used on CUDA where installed."""
+"""The one door to mamba-ssm's Triton kernels (Dao and Gu 2024, arXiv:2405.21060), preferred on CUDA where installed.
+
+They are its authors' own; elsewhere :func:`lightbulb.ops.linear_recurrence` computes the same. To compare the two:
+``python -m lightbulb.kernels.linear_recurrence.benchmark``.
+"""
 
 import torch
 from torch import Tensor

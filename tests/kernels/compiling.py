@@ -2,14 +2,17 @@
 
 A process of its own, because the interpreter is chosen when kernels are decorated. Reads JSON lines ``{"kernel":
 "package.module:name", "signature": {...}, "constants": {...}, "warps": 4}`` and answers each with shared memory and
-register spills, or with the compiler's error.
+register spills, or with the compiler's error. ``"aligned"`` names arguments divisible by 16, which launches find out.
 """
 
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 SHARED_LIMIT = 227 * 1024
@@ -35,13 +38,31 @@ def compile_one(item: dict[str, Any]) -> dict[str, Any]:
     function = getattr(importlib.import_module(module), name)
     constants = item.get("constants", {})
     signature = {argument: item["signature"].get(argument, "constexpr") for argument in function.arg_names}
-    source = ASTSource(fn=function, signature=signature, constexprs=constants)
+    aligned = [(place,) for place, argument in enumerate(function.arg_names) if argument in item.get("aligned", ())]
+    attributes = {place: [["tt.divisibility", 16]] for place in aligned}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": item.get("warps", 4), "num_stages": item.get("stages", 3)}
     try:
         found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     except Exception as error:
         return {"kernel": item["kernel"], "error": f"{type(error).__name__}: {error}"[:2000]}
-    return {"kernel": item["kernel"], "shared": found.metadata.shared, "bytes": len(found.asm["cubin"])}
+    size = {"shared": found.metadata.shared, "bytes": len(found.asm["cubin"])}
+    return {"kernel": item["kernel"]} | size | resources(found.asm["cubin"])
+
+
+def resources(binary: bytes) -> dict[str, int]:
+    """Registers and bytes of stack (where registers spill to) of a thread, if CUDA's tool for it is there."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return {}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    return {} if found is None else {"registers": int(found[1]), "stack": int(found[2])}
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from lightbulb.config import ConfigError, build_config
 from lightbulb.mixers.base import Context
 from lightbulb.mixers.token.mamba import Mamba, MambaConfig, Scan
 from lightbulb.mixers.token.retention import RetentionConfig
-from lightbulb.nn import mamba_kernels, recurrence
+from lightbulb.nn import mamba_kernels
 from lightbulb.nn.parameter import Init, initialise, logical_of
+from lightbulb.ops import linear_recurrence
 
 DIM = 16
 SMALL = {"state_dim": 6, "head_dim": 8, "chunk_size": 4}  # four heads
@@ -147,7 +148,7 @@ def test_equality_constant_decay_is_retention_without_rotation() -> None:
     layers = (retention.query, retention.key, retention.value)
     query, key, value = ((x @ layer.weight.t()).unflatten(-1, (4, -1)).permute(1, 2, 0, 3) for layer in layers)
     decay = retention.config.log_decay()[:, None].expand(2, 4, 11)
-    mixed, _ = recurrence.chunkwise(query / 2.0, key, value, decay, 4)
+    mixed, _ = linear_recurrence(query / 2.0, key, value, decay, chunk_size=4)
     mixed = mixed / (mixed.square().mean(-1, keepdim=True) + retention.config.norm_eps).sqrt()
     gate = silu(x @ retention.gate.weight.t())
     wanted = (gate * mixed.permute(2, 0, 1, 3).flatten(2)) @ retention.output.weight.t()

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d
 
-from lightbulb.nn import precision
-from lightbulb.nn.recurrence import chunkwise, document_starts, parallel, recurrent, segment_sum
+from lightbulb.kernels.linear_recurrence import reference
+from lightbulb.kernels.linear_recurrence.reference import parallel, segment_sum
+from lightbulb.nn.recurrence import document_starts
 from lightbulb.nn.short_conv import causal_conv, next_window
+from lightbulb.ops import linear_recurrence, state_dtype
 
 
 class Inputs(NamedTuple):
@@ -26,6 +28,32 @@ def inputs(length: int, groups: int = 2, varies: bool = True, dtype: torch.dtype
     decay = -torch.rand(2, 4, length) if varies else -torch.rand(4)
     tensors = (query, key, torch.randn(2, 4, length, 5), decay)
     return Inputs(*(t.to(dtype).requires_grad_(varies or t is not decay) for t in tensors))
+
+
+def chunkwise(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    chunk_size: int,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return linear_recurrence(query, key, value, log_decay, state, starts, chunk_size)
+
+
+def recurrent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if state is None:
+        shape = (*value.shape[:2], query.shape[3], value.shape[3])
+        state = torch.zeros(shape, dtype=state_dtype(value.dtype))
+    return reference.linear_recurrence(query, key, value, log_decay, state, starts)
 
 
 def state() -> Tensor:
@@ -150,9 +178,7 @@ def test_equality_segment_sum_is_its_definition() -> None:
             assert torch.allclose(found[:, i, j], wanted)
 
 
-@pytest.mark.parametrize("amx", [False, True])
-def test_bfloat16_is_within_rounding(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_amx", lambda: amx)
+def test_bfloat16_is_within_rounding() -> None:
     lower = inputs(50, 1, dtype=torch.bfloat16)
     exact = [t.detach().double().requires_grad_() for t in lower]
     found, wanted = chunkwise(*lower, 16), recurrent(*exact)

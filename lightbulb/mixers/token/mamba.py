@@ -5,8 +5,8 @@
 is Vision Mamba's, 2024, arXiv:2401.09417: a second scan with weights of its own over the reversed sequence, both
 behind one gate.
 
-In the names of :mod:`lightbulb.nn.recurrence`, which runs it chunk by chunk, B is the key, C the query and x the value.
-The norm is over the heads of each group, as in the paper's code; one group's heads on several tensor ranks sum their
+In the names of :func:`lightbulb.ops.linear_recurrence`, which runs it, B is the key, C the query and x the value. The
+norm is over the heads of each group, as in the paper's code; one group's heads on several tensor ranks sum their
 squares over them, so that every layout computes the same function.
 """
 
@@ -28,9 +28,10 @@ from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear, SplitLi
 from lightbulb.nn.norm import SplitRMSNorm
 from lightbulb.nn.parameter import Init, Logical, make_parameter
 from lightbulb.nn.recompute import recompute
-from lightbulb.nn.recurrence import chunk_flops, chunkwise, document_starts, recurrent, state_dtype
+from lightbulb.nn.recurrence import chunk_flops, document_starts
 from lightbulb.nn.short_conv import ShortConv, next_window
 from lightbulb.nn.ulysses import gather_heads, gather_length, my_heads, scatter_heads
+from lightbulb.ops import linear_recurrence, state_dtype
 from lightbulb.registry import register
 
 WINDOWS = ("value", "key", "query")
@@ -275,10 +276,7 @@ class Scan(nn.Module):
         written = (values * steps[..., None]).to(values.dtype).permute(1, 2, 0, 3)
         decay = (steps * rates).permute(1, 2, 0)
         memory = None if state is None else state["memory"]
-        if state is not None and len(values) == 1:
-            mixed, memory = recurrent(query, key, written, decay, memory)
-        else:
-            mixed, memory = chunkwise(query, key, written, decay, chunk_size, memory, starts)
+        mixed, memory = linear_recurrence(query, key, written, decay, memory, starts, chunk_size)
         mixed = (mixed.permute(2, 0, 1, 3) + skip[:, None] * values).to(values.dtype)
         if state is not None:
             windows = zip(WINDOWS, raw, strict=True)

@@ -24,9 +24,10 @@ from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.norm import unit_rms
 from lightbulb.nn.parameter import Init
 from lightbulb.nn.recompute import recompute
-from lightbulb.nn.recurrence import chunk_flops, chunkwise, document_starts, recurrent, state_dtype
+from lightbulb.nn.recurrence import chunk_flops, document_starts
 from lightbulb.nn.rope import rotary_angles, rotate
 from lightbulb.nn.ulysses import gather_heads, scatter_heads
+from lightbulb.ops import linear_recurrence, state_dtype
 from lightbulb.registry import register
 
 
@@ -144,7 +145,7 @@ class Retention(TokenMixer):
             places = _places(context)
             decay = decay[:, None] * places.diff(dim=1, prepend=places[:, :1])[:, None]
             key = _only_present(key, context)
-        return chunkwise(query, key, value, decay, self.config.chunk_size, starts=starts)[0]
+        return linear_recurrence(query, key, value, decay, None, starts, self.config.chunk_size)[0]
 
     def _continue(self, heads: list[Tensor], context: Context, state: DecodeState) -> tuple[Tensor, DecodeState]:
         """The same behind the sequences that ``state`` holds."""
@@ -153,10 +154,7 @@ class Retention(TokenMixer):
         places = torch.maximum(_places(context), last)
         decay = self._log_decay(value)[:, None] * places.diff(dim=1, prepend=last)[:, None]
         key = _only_present(key, context)
-        if query.shape[2] == 1:
-            mixed, memory = recurrent(query, key, value, decay, state["memory"])
-        else:
-            mixed, memory = chunkwise(query, key, value, decay, self.config.chunk_size, state["memory"])
+        mixed, memory = linear_recurrence(query, key, value, decay, state["memory"], chunk_size=self.config.chunk_size)
         return mixed, {"memory": memory, "position": places[:, -1]}
 
     def _log_decay(self, value: Tensor) -> Tensor:
