@@ -5,6 +5,17 @@
 
 from lightbulb.kernels.choice import Kernels, choose
 from lightbulb.kernels.native import ABSENT, is_built
+from lightbulb.kernels.rms_norm import add_rms_norm, rms_norm
 from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
 
-__all__ = ["ABSENT", "Kernels", "choose", "is_built", "swiglu", "swiglu_", "swiglu_grad_"]
+__all__ = [
+    "ABSENT",
+    "Kernels",
+    "add_rms_norm",
+    "choose",
+    "is_built",
+    "rms_norm",
+    "swiglu",
+    "swiglu_",
+    "swiglu_grad_",
+]
