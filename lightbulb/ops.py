@@ -6,6 +6,7 @@
 from lightbulb.kernels.choice import Kernels, choose
 from lightbulb.kernels.native import ABSENT, is_built
 from lightbulb.kernels.rms_norm import add_rms_norm, rms_norm
+from lightbulb.kernels.rope import rotate
 from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "choose",
     "is_built",
     "rms_norm",
+    "rotate",
     "swiglu",
     "swiglu_",
     "swiglu_grad_",
