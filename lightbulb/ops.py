@@ -7,6 +7,7 @@ from lightbulb.kernels.choice import Kernels, choose
 from lightbulb.kernels.native import ABSENT, is_built
 from lightbulb.kernels.rms_norm import add_rms_norm, rms_norm
 from lightbulb.kernels.rope import rotate
+from lightbulb.kernels.softmax import softmax, softmax_, softmax_grad_
 from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
 
 __all__ = [
@@ -17,6 +18,9 @@ __all__ = [
     "is_built",
     "rms_norm",
     "rotate",
+    "softmax",
+    "softmax_",
+    "softmax_grad_",
     "swiglu",
     "swiglu_",
     "swiglu_grad_",

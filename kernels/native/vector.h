@@ -13,6 +13,7 @@ typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
 
 static constexpr int64_t LANES = 16;
 
@@ -64,26 +65,35 @@ static LB_INLINE float sum(floats v) {
     return v[0];
 }
 
-// NaN where a lane is one.
+// Of the lanes that are not NaN.
 static LB_INLINE float largest(floats v) {
     for (int64_t step = LANES / 2; step; step /= 2)
-        for (int64_t i = 0; i < step; ++i) v[i] = v[i + step] > v[i] || v[i + step] != v[i + step] ? v[i + step] : v[i];
+        for (int64_t i = 0; i < step; ++i) v[i] = v[i + step] > v[i] ? v[i + step] : v[i];
     return v[0];
 }
 
-// exp_fast of every lane.
+// True (all bits set) where one of the first `count` bytes at p is not zero.
+static LB_INLINE ints load_mask(const uint8_t *p, int64_t count) {
+    bytes found{};
+    if (count >= LANES)
+        std::memcpy(&found, p, sizeof found);
+    else
+        for (int64_t i = 0; i < count; ++i) found[i] = p[i];
+    return __builtin_convertvector(found, ints) != 0;
+}
+
+// As the scalar exp_fast, but 0 below -87.3.
 static LB_INLINE floats exp_fast(floats x) {
     const floats low = all(-87.33f), high = all(88.72f);
-    x = x < low ? low : x;
-    x = x > high ? high : x;
-    floats n = x * 1.44269504088896f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-    n -= 12582912.0f;
-    const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // n ln 2 in two parts
+    const floats y = x > high ? high : x;
+    const floats n = (y * 1.44269504088896f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+    const floats r = (y - n * 0.693359375f) + n * 2.12194440e-4f;         // n ln 2 in two parts
     floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * (floats)((__builtin_convertvector(n, ints) + 127) << 23);
+    p *= (floats)((__builtin_convertvector(n, ints) + 127) << 23);
+    return x < low ? floats{} : p;
 }

@@ -1,0 +1,121 @@
+// Softmax of rows: some keys hidden by a mask, and one more logit, the sink, whose share is not written.
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "vector.h"
+
+namespace {
+
+// Where something broadcast over the rows lies; a row's number counts through three dimensions.
+struct Place {
+    int64_t middle, inner, strides[3];
+    LB_INLINE int64_t at(int64_t row) const {
+        return row / (middle * inner) * strides[0] + row / inner % middle * strides[1] + row % inner * strides[2];
+    }
+};
+
+template <typename T>
+struct Forward {
+    const T *scores;
+    int64_t stride;
+    const uint8_t *mask;  // null for every key
+    Place mask_place;
+    const float *sink;  // null for none
+    Place sink_place;
+    T *out;
+    int64_t out_stride;
+    float *share;  // of the sink
+    int64_t keys;
+};
+
+template <typename T>
+LB_INLINE void forward_rows(const Forward<T> &a, int64_t begin, int64_t end) {
+    const float none = -std::numeric_limits<float>::infinity();
+    std::vector<float> buffer(a.keys);
+    for (int64_t row = begin; row < end; ++row) {
+        const T *scores = a.scores + row * a.stride;
+        T *out = a.out + row * a.out_stride;
+        const uint8_t *mask = a.mask ? a.mask + a.mask_place.at(row) : nullptr;
+        floats highest = all(none);
+        for (int64_t i = 0; i < a.keys; i += LANES) {
+            floats v = load(scores + i, a.keys - i, none);
+            if (mask) v = load_mask(mask + i, a.keys - i) ? v : all(none);
+            highest = v > highest ? v : highest;
+            store(buffer.data() + i, v, a.keys - i);
+        }
+        float most = largest(highest), total = 0.0f;
+        if (a.sink) {
+            const float sink = a.sink[a.sink_place.at(row)];
+            most = sink > most ? sink : most;
+            a.share[row] = total = std::exp(sink - most);
+        }
+        if (most == none) most = 0.0f;  // a row without a key: every exponential is 0
+        floats sums{};
+        for (int64_t i = 0; i < a.keys; i += LANES) {
+            const floats e = exp_fast(load(buffer.data() + i, a.keys - i, none) - most);
+            sums += e;
+            store(buffer.data() + i, e, a.keys - i);
+        }
+        total += sum(sums);
+        const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+        if (a.sink) a.share[row] *= factor;
+        for (int64_t i = 0; i < a.keys; i += LANES)
+            store(out + i, load(buffer.data() + i, a.keys - i) * factor, a.keys - i);
+    }
+}
+
+template <typename T>
+struct Backward {
+    const T *grad;
+    int64_t grad_stride;
+    const T *weights;
+    int64_t stride;
+    T *out;
+    int64_t out_stride;
+    float *dots;
+    int64_t keys;
+};
+
+template <typename T>
+LB_INLINE void backward_rows(const Backward<T> &a, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        const T *grad = a.grad + row * a.grad_stride, *weights = a.weights + row * a.stride;
+        T *out = a.out + row * a.out_stride;
+        floats products{};
+        for (int64_t i = 0; i < a.keys; i += LANES)
+            products += load(grad + i, a.keys - i) * load(weights + i, a.keys - i);
+        const float dot = sum(products);
+        for (int64_t i = 0; i < a.keys; i += LANES)
+            store(out + i, (load(grad + i, a.keys - i) - dot) * load(weights + i, a.keys - i), a.keys - i);
+        a.dots[row] = dot;
+    }
+}
+
+LB_CLONES void forward_f32(const Forward<float> &a, int64_t begin, int64_t end) { forward_rows(a, begin, end); }
+LB_CLONES void forward_bf16(const Forward<uint16_t> &a, int64_t begin, int64_t end) { forward_rows(a, begin, end); }
+LB_CLONES void backward_f32(const Backward<float> &a, int64_t begin, int64_t end) { backward_rows(a, begin, end); }
+LB_CLONES void backward_bf16(const Backward<uint16_t> &a, int64_t begin, int64_t end) { backward_rows(a, begin, end); }
+
+}  // namespace
+
+// Places: sizes of the middle and the inner dimension, then three strides of the mask and three of the sink.
+#define LB_SOFTMAX(NAME, T)                                                                                          \
+    LB_EXPORT void softmax_##NAME(const T *scores, int64_t stride, const uint8_t *mask, const float *sink,           \
+                                  const int64_t *places, T *out, int64_t out_stride, float *share, int64_t rows,     \
+                                  int64_t keys, int64_t threads) {                                                   \
+        const auto place = [&](int64_t i) {                                                                          \
+            return Place{places[0], places[1], {places[i], places[i + 1], places[i + 2]}};                           \
+        };                                                                                                           \
+        const Forward<T> a{scores, stride, mask, place(2), sink, place(5), out, out_stride, share, keys};            \
+        parallel(rows, threads, [&](int64_t begin, int64_t end) { forward_##NAME(a, begin, end); });                 \
+    }                                                                                                                \
+    LB_EXPORT void softmax_grad_##NAME(const T *grad, int64_t grad_stride, const T *weights, int64_t stride, T *out, \
+                                       int64_t out_stride, float *dots, int64_t rows, int64_t keys,                  \
+                                       int64_t threads) {                                                            \
+        const Backward<T> a{grad, grad_stride, weights, stride, out, out_stride, dots, keys};                        \
+        parallel(rows, threads, [&](int64_t begin, int64_t end) { backward_##NAME(a, begin, end); });                \
+    }
+
+LB_SOFTMAX(f32, float)
+LB_SOFTMAX(bf16, uint16_t)
