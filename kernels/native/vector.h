@@ -17,6 +17,16 @@ typedef uint8_t bytes __attribute__((vector_size(16)));
 
 static constexpr int64_t LANES = 16;
 
+// body(i, count) for the lanes from i on: sixteen as long as there are so many, known to the compiler, then the rest.
+template <typename Body>
+static LB_INLINE void by_lanes(int64_t size, Body body) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) body(i, LANES);
+    if (i < size) body(i, size - i);
+}
+
+#define LB_LANES [&](int64_t i, int64_t count) __attribute__((always_inline))
+
 static LB_INLINE floats all(float value) { return value - floats{}; }
 
 // The first `count` numbers at p, up to sixteen; `rest` in the other lanes.
@@ -79,7 +89,7 @@ static LB_INLINE ints load_mask(const uint8_t *p, int64_t count) {
         std::memcpy(&found, p, sizeof found);
     else
         for (int64_t i = 0; i < count; ++i) found[i] = p[i];
-    return __builtin_convertvector(found, ints) != 0;
+    return (ints)__builtin_convertvector(__builtin_convertvector(found, halves), words) != 0;  // GCC widens once at a time
 }
 
 // As the scalar exp_fast, but 0 below -87.3.

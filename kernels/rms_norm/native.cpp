@@ -38,22 +38,20 @@ LB_INLINE void forward_rows(const Forward<T> &a, int64_t begin, int64_t end) {
         const T *x = a.x + r * a.x_stride, *delta = a.delta ? a.delta + r * a.delta_stride : nullptr;
         T *total = a.delta ? a.total + r * a.dim : nullptr, *y = a.y + r * a.dim;
         floats squares{};
-        for (int64_t i = 0; i < a.dim; i += LANES) {
-            const int64_t count = a.dim - i;
+        by_lanes(a.dim, LB_LANES {
             floats v = load(x + i, count);
             if (delta) {
                 store(total + i, v + load(delta + i, count), count);
                 v = load(total + i, count);  // as rounded: the backward knows no other
             }
             squares += v * v;
-        }
+        });
         const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(a.dim) + a.eps);
         const T *rows = delta ? total : x;
-        for (int64_t i = 0; i < a.dim; i += LANES) {
-            const int64_t count = a.dim - i;
+        by_lanes(a.dim, LB_LANES {
             const floats unit = load(rows + i, count) * scale;
             store(y + i, a.weight ? unit * load(a.weight + i, count) : unit, count);
-        }
+        });
         a.scale[r] = scale;
     }
 }
@@ -70,22 +68,20 @@ LB_INLINE void backward_blocks(const Backward<T> &a, int64_t begin, int64_t end)
             T *grad_x = a.grad_x + r * a.dim;
             const float scale = a.scale[r];
             floats products{};
-            for (int64_t i = 0; i < a.dim; i += LANES) {
-                const int64_t count = a.dim - i;
+            by_lanes(a.dim, LB_LANES {
                 const floats product = load(grad + i, count) * (load(x + i, count) * scale);
                 products += a.weight ? product * load(a.weight + i, count) : product;
                 if (partial) store(partial + i, load(partial + i, count) + product, count);
-            }
+            });
             // The part of the gradient along the row changes only its length, which the norm removes.
             const float along = sum(products) / static_cast<float>(a.dim);
-            for (int64_t i = 0; i < a.dim; i += LANES) {
-                const int64_t count = a.dim - i;
+            by_lanes(a.dim, LB_LANES {
                 floats d = load(grad + i, count);
                 if (a.weight) d *= load(a.weight + i, count);
                 d = (d - load(x + i, count) * (scale * along)) * scale;
                 if (more) d += load(more + i, count);
                 store(grad_x + i, d, count);
-            }
+            });
         }
     }
 }

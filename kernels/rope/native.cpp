@@ -26,13 +26,12 @@ LB_INLINE void rotate(const Rotation<T> &a, int64_t begin, int64_t end) {
                 const T *x = a.x + a.from.at(l, b, h);
                 T *out = a.out + a.to.at(l, b, h);
                 const float *cosine = a.cosine + a.angle.at(l, b, h), *sine = a.sine + a.angle.at(l, b, h);
-                for (int64_t i = 0; i < a.half; i += LANES) {
-                    const int64_t count = a.half - i;
+                by_lanes(a.half, LB_LANES {
                     const floats first = load(x + i, count), second = load(x + a.half + i, count);
                     const floats c = load(cosine + i, count), s = load(sine + i, count) * a.sign;
                     store(out + i, first * c - second * s, count);
                     store(out + a.half + i, second * c + first * s, count);
-                }
+                });
             }
 }
 

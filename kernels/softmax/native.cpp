@@ -32,18 +32,19 @@ struct Forward {
 template <typename T>
 LB_INLINE void forward_rows(const Forward<T> &a, int64_t begin, int64_t end) {
     const float none = -std::numeric_limits<float>::infinity();
-    std::vector<float> buffer(a.keys);
+    std::vector<float> memory(a.keys);
+    float *buffer = memory.data();
     for (int64_t row = begin; row < end; ++row) {
         const T *scores = a.scores + row * a.stride;
         T *out = a.out + row * a.out_stride;
         const uint8_t *mask = a.mask ? a.mask + a.mask_place.at(row) : nullptr;
         floats highest = all(none);
-        for (int64_t i = 0; i < a.keys; i += LANES) {
-            floats v = load(scores + i, a.keys - i, none);
-            if (mask) v = load_mask(mask + i, a.keys - i) ? v : all(none);
+        by_lanes(a.keys, LB_LANES {
+            floats v = load(scores + i, count, none);
+            if (mask) v = load_mask(mask + i, count) ? v : all(none);
             highest = v > highest ? v : highest;
-            store(buffer.data() + i, v, a.keys - i);
-        }
+            store(buffer + i, v, count);
+        });
         float most = largest(highest), total = 0.0f;
         if (a.sink) {
             const float sink = a.sink[a.sink_place.at(row)];
@@ -52,16 +53,15 @@ LB_INLINE void forward_rows(const Forward<T> &a, int64_t begin, int64_t end) {
         }
         if (most == none) most = 0.0f;  // a row without a key: every exponential is 0
         floats sums{};
-        for (int64_t i = 0; i < a.keys; i += LANES) {
-            const floats e = exp_fast(load(buffer.data() + i, a.keys - i, none) - most);
+        by_lanes(a.keys, LB_LANES {
+            const floats e = exp_fast(load(buffer + i, count, none) - most);
             sums += e;
-            store(buffer.data() + i, e, a.keys - i);
-        }
+            store(buffer + i, e, count);
+        });
         total += sum(sums);
         const float factor = total == 0.0f ? 0.0f : 1.0f / total;
         if (a.sink) a.share[row] *= factor;
-        for (int64_t i = 0; i < a.keys; i += LANES)
-            store(out + i, load(buffer.data() + i, a.keys - i) * factor, a.keys - i);
+        by_lanes(a.keys, LB_LANES { store(out + i, load(buffer + i, count) * factor, count); });
     }
 }
 
@@ -83,11 +83,11 @@ LB_INLINE void backward_rows(const Backward<T> &a, int64_t begin, int64_t end) {
         const T *grad = a.grad + row * a.grad_stride, *weights = a.weights + row * a.stride;
         T *out = a.out + row * a.out_stride;
         floats products{};
-        for (int64_t i = 0; i < a.keys; i += LANES)
-            products += load(grad + i, a.keys - i) * load(weights + i, a.keys - i);
+        by_lanes(a.keys, LB_LANES { products += load(grad + i, count) * load(weights + i, count); });
         const float dot = sum(products);
-        for (int64_t i = 0; i < a.keys; i += LANES)
-            store(out + i, (load(grad + i, a.keys - i) - dot) * load(weights + i, a.keys - i), a.keys - i);
+        by_lanes(a.keys, LB_LANES {
+            store(out + i, (load(grad + i, count) - dot) * load(weights + i, count), count);
+        });
         a.dots[row] = dot;
     }
 }

@@ -1,34 +1,27 @@
 // silu(gate) * up and its gradients, row by row; rows may lie apart in memory, columns side by side.
-#include "common.h"
+#include "vector.h"
 
 namespace {
 
-inline float load(const float *p) { return *p; }
-inline float load(const uint16_t *p) { return from_bf16(*p); }
-inline void store(float *p, float v) { *p = v; }
-inline void store(uint16_t *p, float v) { *p = to_bf16(v); }
-
 template <typename T>
-inline __attribute__((always_inline)) void forward_row(const T *gate, const T *up, T *out, int64_t width) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < width; ++i) {
-        const float g = load(gate + i);
-        store(out + i, g / (1.0f + exp_fast(-g)) * load(up + i));
-    }
+LB_INLINE void forward_row(const T *gate, const T *up, T *out, int64_t width) {
+    by_lanes(width, LB_LANES {
+        const floats g = load(gate + i, count);
+        store(out + i, g / (1.0f + exp_fast(-g)) * load(up + i, count), count);
+    });
 }
 
 // Every output may be one of the inputs: an element is read before it is written, and no other one is.
 template <typename T>
-inline __attribute__((always_inline)) void backward_row(
-    const T *grad, const T *gate, const T *up, T *grad_gate, T *grad_up, T *hidden, int64_t width) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < width; ++i) {
-        const float g = load(gate + i), d = load(grad + i), u = load(up + i);
-        const float s = 1.0f / (1.0f + exp_fast(-g));
-        store(grad_up + i, d * g * s);
-        store(grad_gate + i, d * u * s * (1.0f + g * (1.0f - s)));
-        if (hidden) store(hidden + i, g * s * u);
-    }
+LB_INLINE void backward_row(const T *grad, const T *gate, const T *up, T *grad_gate, T *grad_up, T *hidden,
+                            int64_t width) {
+    by_lanes(width, LB_LANES {
+        const floats g = load(gate + i, count), d = load(grad + i, count), u = load(up + i, count);
+        const floats s = 1.0f / (1.0f + exp_fast(-g));
+        store(grad_up + i, d * g * s, count);
+        store(grad_gate + i, d * u * s * (1.0f + g * (1.0f - s)), count);
+        if (hidden) store(hidden + i, g * s * u, count);
+    });
 }
 
 LB_CLONES void forward_f32(const float *g, const float *u, float *o, int64_t w) { forward_row(g, u, o, w); }
