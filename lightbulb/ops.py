@@ -1,9 +1,9 @@
 """The one door to LightBulb's kernels: every operation has its naive twin, and the fastest form the machine allows.
 
-``LIGHTBULB_KERNELS=reference``, or ``kernels: reference`` in a run file, computes all of them by the twins.
+``LIGHTBULB_KERNELS=reference``, or ``train.kernels: reference`` in a run file, computes all of them by the twins.
 """
 
-from lightbulb.kernels.choice import Kernels, choose
+from lightbulb.kernels.choice import VARIABLE, Kernels, choose, chosen
 from lightbulb.kernels.native import ABSENT, is_built
 from lightbulb.kernels.rms_norm import add_rms_norm, rms_norm
 from lightbulb.kernels.rope import rotate
@@ -12,9 +12,11 @@ from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
 
 __all__ = [
     "ABSENT",
+    "VARIABLE",
     "Kernels",
     "add_rms_norm",
     "choose",
+    "chosen",
     "is_built",
     "rms_norm",
     "rotate",
