@@ -3,6 +3,7 @@
 ``LIGHTBULB_KERNELS=reference``, or ``train.kernels: reference`` in a run file, computes all of them by the twins.
 """
 
+from lightbulb.kernels import describe
 from lightbulb.kernels.choice import VARIABLE, Kernels, choose, chosen
 from lightbulb.kernels.native import ABSENT, is_built
 from lightbulb.kernels.rms_norm import add_rms_norm, rms_norm
@@ -17,6 +18,7 @@ __all__ = [
     "add_rms_norm",
     "choose",
     "chosen",
+    "describe",
     "is_built",
     "rms_norm",
     "rotate",
