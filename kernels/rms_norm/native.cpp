@@ -32,33 +32,35 @@ struct Backward {
     int64_t rows, dim, blocks;
 };
 
-template <typename T>
+template <typename L, typename T>
 LB_INLINE void forward_rows(const Forward<T> &a, int64_t begin, int64_t end) {
+    using floats = typename L::floats;
     for (int64_t r = begin; r < end; ++r) {
         const T *x = a.x + r * a.x_stride, *delta = a.delta ? a.delta + r * a.delta_stride : nullptr;
         T *total = a.delta ? a.total + r * a.dim : nullptr, *y = a.y + r * a.dim;
         floats squares{};
-        by_lanes(a.dim, LB_LANES {
-            floats v = load(x + i, count);
+        L::each(a.dim, LB_LANES {
+            floats v = L::load(x + i, count);
             if (delta) {
-                store(total + i, v + load(delta + i, count), count);
-                v = load(total + i, count);  // as rounded: the backward knows no other
+                L::store(total + i, v + L::load(delta + i, count), count);
+                v = L::load(total + i, count);  // as rounded: the backward knows no other
             }
             squares += v * v;
         });
-        const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(a.dim) + a.eps);
+        const float scale = 1.0f / std::sqrt(L::sum(squares) / static_cast<float>(a.dim) + a.eps);
         const T *rows = delta ? total : x;
-        by_lanes(a.dim, LB_LANES {
-            const floats unit = load(rows + i, count) * scale;
-            store(y + i, a.weight ? unit * load(a.weight + i, count) : unit, count);
+        L::each(a.dim, LB_LANES {
+            const floats unit = L::load(rows + i, count) * scale;
+            L::store(y + i, a.weight ? unit * L::load(a.weight + i, count) : unit, count);
         });
         a.scale[r] = scale;
     }
 }
 
 // Row blocks, not threads, have parts of the weight's gradient: its bits do not depend on the threads.
-template <typename T>
+template <typename L, typename T>
 LB_INLINE void backward_blocks(const Backward<T> &a, int64_t begin, int64_t end) {
+    using floats = typename L::floats;
     for (int64_t b = begin; b < end; ++b) {
         float *partial = a.partial ? a.partial + b * a.dim : nullptr;
         if (partial) std::memset(partial, 0, a.dim * sizeof(float));
@@ -68,30 +70,28 @@ LB_INLINE void backward_blocks(const Backward<T> &a, int64_t begin, int64_t end)
             T *grad_x = a.grad_x + r * a.dim;
             const float scale = a.scale[r];
             floats products{};
-            by_lanes(a.dim, LB_LANES {
-                const floats product = load(grad + i, count) * (load(x + i, count) * scale);
-                products += a.weight ? product * load(a.weight + i, count) : product;
-                if (partial) store(partial + i, load(partial + i, count) + product, count);
+            L::each(a.dim, LB_LANES {
+                const floats product = L::load(grad + i, count) * (L::load(x + i, count) * scale);
+                products += a.weight ? product * L::load(a.weight + i, count) : product;
+                if (partial) L::store(partial + i, L::load(partial + i, count) + product, count);
             });
             // The part of the gradient along the row changes only its length, which the norm removes.
-            const float along = sum(products) / static_cast<float>(a.dim);
-            by_lanes(a.dim, LB_LANES {
-                floats d = load(grad + i, count);
-                if (a.weight) d *= load(a.weight + i, count);
-                d = (d - load(x + i, count) * (scale * along)) * scale;
-                if (more) d += load(more + i, count);
-                store(grad_x + i, d, count);
+            const float along = L::sum(products) / static_cast<float>(a.dim);
+            L::each(a.dim, LB_LANES {
+                floats d = L::load(grad + i, count);
+                if (a.weight) d *= L::load(a.weight + i, count);
+                d = (d - L::load(x + i, count) * (scale * along)) * scale;
+                if (more) d += L::load(more + i, count);
+                L::store(grad_x + i, d, count);
             });
         }
     }
 }
 
-LB_CLONES void forward_f32(const Forward<float> &a, int64_t begin, int64_t end) { forward_rows(a, begin, end); }
-LB_CLONES void forward_bf16(const Forward<uint16_t> &a, int64_t begin, int64_t end) { forward_rows(a, begin, end); }
-LB_CLONES void backward_f32(const Backward<float> &a, int64_t begin, int64_t end) { backward_blocks(a, begin, end); }
-LB_CLONES void backward_bf16(const Backward<uint16_t> &a, int64_t begin, int64_t end) {
-    backward_blocks(a, begin, end);
-}
+LB_BY_LANES(forward_f32, forward_rows, Forward<float>)
+LB_BY_LANES(forward_bf16, forward_rows, Forward<uint16_t>)
+LB_BY_LANES(backward_f32, backward_blocks, Backward<float>)
+LB_BY_LANES(backward_bf16, backward_blocks, Backward<uint16_t>)
 
 LB_CLONES void add_up(const float *partial, float *total, int64_t dim, int64_t blocks) {
     std::memset(total, 0, dim * sizeof(float));

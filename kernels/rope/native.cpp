@@ -18,25 +18,26 @@ struct Rotation {
     float sign;
 };
 
-template <typename T>
+template <typename L, typename T>
 LB_INLINE void rotate(const Rotation<T> &a, int64_t begin, int64_t end) {
+    using floats = typename L::floats;
     for (int64_t l = begin; l < end; ++l)
         for (int64_t b = 0; b < a.samples; ++b)
             for (int64_t h = 0; h < a.heads; ++h) {
                 const T *x = a.x + a.from.at(l, b, h);
                 T *out = a.out + a.to.at(l, b, h);
                 const float *cosine = a.cosine + a.angle.at(l, b, h), *sine = a.sine + a.angle.at(l, b, h);
-                by_lanes(a.half, LB_LANES {
-                    const floats first = load(x + i, count), second = load(x + a.half + i, count);
-                    const floats c = load(cosine + i, count), s = load(sine + i, count) * a.sign;
-                    store(out + i, first * c - second * s, count);
-                    store(out + a.half + i, second * c + first * s, count);
+                L::each(a.half, LB_LANES {
+                    const floats first = L::load(x + i, count), second = L::load(x + a.half + i, count);
+                    const floats c = L::load(cosine + i, count), s = L::load(sine + i, count) * a.sign;
+                    L::store(out + i, first * c - second * s, count);
+                    L::store(out + a.half + i, second * c + first * s, count);
                 });
             }
 }
 
-LB_CLONES void rotate_f32(const Rotation<float> &a, int64_t begin, int64_t end) { rotate(a, begin, end); }
-LB_CLONES void rotate_bf16(const Rotation<uint16_t> &a, int64_t begin, int64_t end) { rotate(a, begin, end); }
+LB_BY_LANES(rotate_f32, rotate, Rotation<float>)
+LB_BY_LANES(rotate_bf16, rotate, Rotation<uint16_t>)
 
 }  // namespace
 

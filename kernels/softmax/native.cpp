@@ -29,8 +29,9 @@ struct Forward {
     int64_t keys;
 };
 
-template <typename T>
+template <typename L, typename T>
 LB_INLINE void forward_rows(const Forward<T> &a, int64_t begin, int64_t end) {
+    using floats = typename L::floats;
     const float none = -std::numeric_limits<float>::infinity();
     std::vector<float> memory(a.keys);
     float *buffer = memory.data();
@@ -38,14 +39,14 @@ LB_INLINE void forward_rows(const Forward<T> &a, int64_t begin, int64_t end) {
         const T *scores = a.scores + row * a.stride;
         T *out = a.out + row * a.out_stride;
         const uint8_t *mask = a.mask ? a.mask + a.mask_place.at(row) : nullptr;
-        floats highest = all(none);
-        by_lanes(a.keys, LB_LANES {
-            floats v = load(scores + i, count, none);
-            if (mask) v = load_mask(mask + i, count) ? v : all(none);
+        floats highest = L::all(none);
+        L::each(a.keys, LB_LANES {
+            floats v = L::load(scores + i, count, none);
+            if (mask) v = L::load_mask(mask + i, count) ? v : L::all(none);
             highest = v > highest ? v : highest;
-            store(buffer + i, v, count);
+            L::store(buffer + i, v, count);
         });
-        float most = largest(highest), total = 0.0f;
+        float most = L::largest(highest), total = 0.0f;
         if (a.sink) {
             const float sink = a.sink[a.sink_place.at(row)];
             most = sink > most ? sink : most;
@@ -53,15 +54,15 @@ LB_INLINE void forward_rows(const Forward<T> &a, int64_t begin, int64_t end) {
         }
         if (most == none) most = 0.0f;  // a row without a key: every exponential is 0
         floats sums{};
-        by_lanes(a.keys, LB_LANES {
-            const floats e = exp_fast(load(buffer + i, count, none) - most);
+        L::each(a.keys, LB_LANES {
+            const floats e = L::exp(L::load(buffer + i, count, none) - most);
             sums += e;
-            store(buffer + i, e, count);
+            L::store(buffer + i, e, count);
         });
-        total += sum(sums);
+        total += L::sum(sums);
         const float factor = total == 0.0f ? 0.0f : 1.0f / total;
         if (a.sink) a.share[row] *= factor;
-        by_lanes(a.keys, LB_LANES { store(out + i, load(buffer + i, count) * factor, count); });
+        L::each(a.keys, LB_LANES { L::store(out + i, L::load(buffer + i, count) * factor, count); });
     }
 }
 
@@ -77,25 +78,26 @@ struct Backward {
     int64_t keys;
 };
 
-template <typename T>
+template <typename L, typename T>
 LB_INLINE void backward_rows(const Backward<T> &a, int64_t begin, int64_t end) {
+    using floats = typename L::floats;
     for (int64_t row = begin; row < end; ++row) {
         const T *grad = a.grad + row * a.grad_stride, *weights = a.weights + row * a.stride;
         T *out = a.out + row * a.out_stride;
         floats products{};
-        by_lanes(a.keys, LB_LANES { products += load(grad + i, count) * load(weights + i, count); });
-        const float dot = sum(products);
-        by_lanes(a.keys, LB_LANES {
-            store(out + i, (load(grad + i, count) - dot) * load(weights + i, count), count);
+        L::each(a.keys, LB_LANES { products += L::load(grad + i, count) * L::load(weights + i, count); });
+        const float dot = L::sum(products);
+        L::each(a.keys, LB_LANES {
+            L::store(out + i, (L::load(grad + i, count) - dot) * L::load(weights + i, count), count);
         });
         a.dots[row] = dot;
     }
 }
 
-LB_CLONES void forward_f32(const Forward<float> &a, int64_t begin, int64_t end) { forward_rows(a, begin, end); }
-LB_CLONES void forward_bf16(const Forward<uint16_t> &a, int64_t begin, int64_t end) { forward_rows(a, begin, end); }
-LB_CLONES void backward_f32(const Backward<float> &a, int64_t begin, int64_t end) { backward_rows(a, begin, end); }
-LB_CLONES void backward_bf16(const Backward<uint16_t> &a, int64_t begin, int64_t end) { backward_rows(a, begin, end); }
+LB_BY_LANES(forward_f32, forward_rows, Forward<float>)
+LB_BY_LANES(forward_bf16, forward_rows, Forward<uint16_t>)
+LB_BY_LANES(backward_f32, backward_rows, Backward<float>)
+LB_BY_LANES(backward_bf16, backward_rows, Backward<uint16_t>)
 
 }  // namespace
 
