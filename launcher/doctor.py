@@ -96,8 +96,8 @@ def show(report: dict[str, Any]) -> None:
             table.add_row(item["name"], item["found"], item["remark"], style="red" if item["is_problem"] else None)
         console.print(table)
     kernels_here = report["kernels"]["machine"] | report["kernels"]["operations"]
-    for title, section in ((None, report["machine"]), ("kernels", kernels_here)):
-        table = Table(show_header=False, title=title)
+    for heading, section in ((None, report["machine"]), ("kernels", kernels_here)):
+        table = Table(show_header=False, title=heading)
         for name, value in section.items():
             table.add_row(name, value)
         console.print(table)

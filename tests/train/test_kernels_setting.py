@@ -1,9 +1,11 @@
 """`train.kernels` and LIGHTBULB_KERNELS: which counts, and what is refused."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import Command
+from training_runs import losses
 
 from lightbulb import ops
 from lightbulb.config import ConfigError
@@ -51,3 +53,20 @@ def test_ranks_with_other_kernels_are_named(monkeypatch: pytest.MonkeyPatch, tmp
     assert "environment LIGHTBULB_KERNELS: not set on rank 0; reference on rank 1" in said
     assert said.count("\n") == 1
     assert facts[0]["C++ kernels"] == ("built" if ops.is_built() else "not built")
+
+
+@pytest.mark.slow
+def test_runs_honour_it(
+    start: Callable[..., Command], run_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = start("pretrain", [str(run_file("refused"))], LIGHTBULB_KERNELS="fast")
+    assert refused.wait() == 1
+    assert "LIGHTBULB_KERNELS is 'fast'" in refused.text() and "Traceback" not in refused.text()
+    assert not (tmp_path / "refused").exists()
+
+    for kernels in ("auto", "reference"):
+        command = start("pretrain", [str(run_file(kernels)), f"train.kernels={kernels}"])
+        assert command.wait() == 0, command.text()
+    ours, twins = losses(tmp_path / "auto"), losses(tmp_path / "reference")
+    assert ours != twins, "both computed with the same"
+    assert all(abs(ours[step] - twins[step]) < 1e-4 for step in twins)
