@@ -43,6 +43,7 @@ lint: $(READY)
 
 bench: $(READY)
 	@mkdir -p docs/results
+	@$(BIN)/python benchmarks/kernels.py --output docs/results
 	@$(BIN)/python benchmarks/train_moe.py --seconds 120 --json docs/results/train_moe.json
 	@$(BIN)/python benchmarks/parallel_overhead.py --json docs/results/parallel_overhead.json
 	@$(BIN)/python benchmarks/checkpoint.py --json docs/results/checkpoint.json

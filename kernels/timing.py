@@ -38,6 +38,28 @@ def ratio(seconds: Mapping[str, list[float]], peer: str, ours: str = "ours") -> 
     return statistics.median(theirs / mine for theirs, mine in zip(seconds[peer], seconds[ours], strict=True))
 
 
+def memory_bound(op: str, title: str, steps: Mapping[str, tuple[Mapping[str, Run], int]], rounds: int) -> None:
+    """Compare elementwise operations, whose limit is a copy that moves as many bytes, and :func:`report` them.
+
+    Args:
+        op: name of the operation.
+        title: what was computed.
+        steps: name to contenders, among them "ours", and the bytes that must be read and written.
+        rounds: of each step.
+    """
+    table: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"op": op}
+    for name, (contenders, moved) in steps.items():
+        seconds = interleaved({**contenders, "copy": _copy(moved)}, rounds)
+        row = {"step": name, "ms": statistics.median(seconds["ours"]) * 1e3}
+        row |= {f"vs {peer}": ratio(seconds, peer) for peer in contenders if peer != "ours"}
+        table.append(row | {"of limit": ratio(seconds, "copy")})
+        result |= {
+            f"{name} {key}".replace(" ", "_"): round(value, 4) for key, value in table[-1].items() if key != "step"
+        }
+    report(title, table, result)
+
+
 def graphed(run: Run) -> Run:
     """The same as a CUDA graph, so that launching costs next to nothing; on the CPU unchanged."""
     if not torch.cuda.is_available():
@@ -75,6 +97,14 @@ def report(title: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> No
         for row in cells:
             print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     print(json.dumps(result | machine()))
+
+
+def _copy(moved: int) -> Run:
+    """A copy that reads and writes so many bytes in all."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def _shown(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 ::
 
-    lightbulb doctor                             # packages, programs, devices
+    lightbulb doctor                             # packages, programs, devices, kernels
     lightbulb doctor --self-test                 # also trains a tiny model on one rank and on two
     lightbulb doctor --config RUN.yaml --ranks 8 # also the layout it would choose, with the memory of a rank
 
@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lightbulb import ops
 from lightbulb.planning import survey
 
 GIB = survey.GIB
@@ -44,8 +45,10 @@ def main(argv: Sequence[str]) -> int:
         "packages": [finding._asdict() for finding in findings],
         "programs": [finding._asdict() for finding in survey.programs()],
         "machine": dict(survey.machine_facts()),
+        "kernels": kernels(),
         "problems": [f"{f.name}: {f.found} {f.remark}".strip() for f in findings if f.is_problem],
     }
+    report["problems"] += [report["kernels"]["problem"]] if report["kernels"]["problem"] else []
     if options.config:
         report["layout"] = plan(options)
         report["problems"] += [] if report["layout"]["fits"] else [f"layout: {report['layout']['reason']}"]
@@ -63,6 +66,14 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
         return layouts.plan(options.config, options.ranks, options.ranks_per_node, options.memory)
     except (ImportError, ValueError, OSError) as error:
         return {"fits": False, "reason": str(error), "lines": []}
+
+
+def kernels() -> dict[str, Any]:
+    """What LightBulb's own operations are computed with here; a problem if the environment asks for what is none."""
+    try:
+        return {"machine": ops.describe.machine(), "operations": ops.describe.operations(), "problem": None}
+    except ValueError as error:
+        return {"machine": {}, "operations": {}, "problem": str(error)}
 
 
 def self_test() -> dict[str, Any]:
@@ -84,10 +95,12 @@ def show(report: dict[str, Any]) -> None:
         for item in report[title]:
             table.add_row(item["name"], item["found"], item["remark"], style="red" if item["is_problem"] else None)
         console.print(table)
-    machine = Table(show_header=False)
-    for name, value in report["machine"].items():
-        machine.add_row(name, value)
-    console.print(machine)
+    kernels_here = report["kernels"]["machine"] | report["kernels"]["operations"]
+    for heading, section in ((None, report["machine"]), ("kernels", kernels_here)):
+        table = Table(show_header=False, title=heading)
+        for name, value in section.items():
+            table.add_row(name, value)
+        console.print(table)
     if "layout" in report:
         console.print(*report["layout"]["lines"], sep="\n", soft_wrap=True)
     if "self_test" in report:

@@ -18,6 +18,7 @@ from lightbulb.inference.generate import Decoder, GenerationError, SamplingConfi
 from lightbulb.modifiers.packed import pack
 from lightbulb.ops import FORMATS
 from lightbulb.train.checkpoint import CheckpointError, load_model_for_inference
+from lightbulb.train.kernels import use_kernels
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
         settings = {name: getattr(options, name) for name in SamplingConfig.model_fields if name in options}
         sampling = build_config(SamplingConfig, settings, "options")
         check_samples(options.num_samples, sampling)
-        model, tokenizer, _ = load_model_for_inference(options.run)
+        model, tokenizer, config = load_model_for_inference(options.run)
+        use_kernels(config.train.kernels)
         if options.packed is not None and not pack(model, options.packed):
             raise ConfigError("options: packed: the model has no bitlinear layers; leave it out")
         prompt_ids = tokenizer.encode_batch([options.prompt])[0] or [tokenizer.eos_id]

@@ -25,6 +25,7 @@ from lightbulb.evaluation.trial import Trial
 from lightbulb.folder import FolderError, claim
 from lightbulb.parallel.workers import JobError, RankPool
 from lightbulb.train.config import RunConfig
+from lightbulb.train.kernels import use_kernels
 
 
 class Planned(NamedTuple):
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if not paths:
             raise ConfigError("no run file given; name one, such as configs/debug/proof.yaml")
+        use_kernels("auto")  # the ranks inherit the environment: what is wrong with it is said once, here
         files = {path: load_variants(path, overrides) for path in paths}
         plans = {path: _plan(configs, arguments.ranks, arguments.steps) for path, configs in files.items()}
         with _progress() as progress, _pool(arguments.ranks, progress) as pool:

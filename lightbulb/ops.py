@@ -1,12 +1,16 @@
 """The one door to LightBulb's kernels: every operation has its naive twin, and the fastest form the machine allows.
 
-``LIGHTBULB_KERNELS=reference``, or ``kernels: reference`` in a run file, computes all of them by the twins.
+``LIGHTBULB_KERNELS=reference``, or ``train.kernels: reference`` in a run file, computes all of them by the twins.
 """
 
+from lightbulb.kernels import describe
 from lightbulb.kernels.block_sparse_attention import Sight, Tiles, block_sparse_attention, takes_tiles
-from lightbulb.kernels.choice import Kernels, choose
+from lightbulb.kernels.choice import VARIABLE, Kernels, choose, chosen
 from lightbulb.kernels.linear_recurrence import linear_recurrence, state_dtype
 from lightbulb.kernels.native import ABSENT, is_built
+from lightbulb.kernels.rms_norm import add_rms_norm, rms_norm
+from lightbulb.kernels.rope import rotate
+from lightbulb.kernels.softmax import softmax, softmax_, softmax_grad_
 from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
 from lightbulb.kernels.ternary_matmul import TernaryWeight, ternary_matmul
 from lightbulb.kernels.ternary_matmul.packing import FORMATS, PackFormat, pack_codes, unpack_codes
@@ -14,16 +18,25 @@ from lightbulb.kernels.ternary_matmul.packing import FORMATS, PackFormat, pack_c
 __all__ = [
     "ABSENT",
     "FORMATS",
+    "VARIABLE",
     "Kernels",
     "PackFormat",
     "Sight",
     "TernaryWeight",
     "Tiles",
+    "add_rms_norm",
     "block_sparse_attention",
     "choose",
+    "chosen",
+    "describe",
     "is_built",
     "linear_recurrence",
     "pack_codes",
+    "rms_norm",
+    "rotate",
+    "softmax",
+    "softmax_",
+    "softmax_grad_",
     "state_dtype",
     "swiglu",
     "swiglu_",

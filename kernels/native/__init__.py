@@ -22,6 +22,8 @@ ABSENT = "no C++ kernels: install a C++ compiler (Debian: g++) and install Light
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 """Types of the arguments of C++ kernels."""
 
+_LEVELS = {4: "AVX-512 (x86-64-v4)", 3: "AVX2 (x86-64-v3)", 1: "SSE2 (x86-64)", 0: "the compiler's default"}
+
 
 @cache
 def _library() -> ctypes.CDLL | None:
@@ -43,6 +45,13 @@ def is_built() -> bool:
 def takes_native(*tensors: Tensor) -> bool:
     """Whether C++ kernels may compute with these: all on the CPU, none in float64."""
     return is_built() and not is_reference() and all(t.is_cpu and t.dtype != torch.float64 for t in tensors)
+
+
+def facts() -> tuple[str, bool]:
+    """The instruction set whose version of the functions this processor runs, and whether they use several threads."""
+    level, openmp = ctypes.c_int64(), ctypes.c_int64()
+    function("native_facts", POINTER, POINTER)(ctypes.addressof(level), ctypes.addressof(openmp))
+    return _LEVELS[level.value], bool(openmp.value)
 
 
 @cache

@@ -1,21 +1,32 @@
 """SwiGLU against PyTorch's two elementwise operations: ``python -m lightbulb.kernels.swiglu.benchmark``."""
 
 import argparse
-import statistics
+import importlib
+import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lightbulb.kernels.swiglu import swiglu
-from lightbulb.kernels.timing import copy_bytes_per_second, interleaved, ratio, report
+from lightbulb.kernels.timing import Run, memory_bound
 
-_TENSORS = {"forward": 3, "forward and backward": 8}
+Function = Callable[[Tensor, Tensor], Tensor]
 
 
-def peer(gate: Tensor, up: Tensor) -> Tensor:
+def eager(gate: Tensor, up: Tensor) -> Tensor:
     """What models write."""
     return torch.nn.functional.silu(gate) * up
+
+
+def functions(device: str) -> dict[str, Function]:
+    """The contenders on this machine."""
+    found: dict[str, Function] = {"ours": swiglu, "torch": eager}
+    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
+        found["liger"] = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply
+    elif device == "cuda":
+        print("liger: not installed, skipped")
+    return found
 
 
 def main() -> None:
@@ -27,35 +38,23 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, width = (16384, 4096) if device == "cuda" else (2048, 512)
-    limit, table, result = copy_bytes_per_second(), [], {}
+    steps: dict[str, tuple[dict[str, Run], int]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         gate, up, grad = (torch.randn(rows, width, device=device).to(dtype) for _ in range(3))
-        gate.requires_grad_()
-        up.requires_grad_()
-        for name, count in _TENSORS.items():
-            runs = {
-                who: step(f, gate, up, None if name == "forward" else grad)
-                for who, f in (("ours", swiglu), ("torch", peer))
-            }
-            seconds = interleaved(runs, options.rounds)
-            mine = statistics.median(seconds["ours"])
-            moved = count * gate.numel() * gate.element_size() / mine
-            faster = ratio(seconds, "torch")
-            short = str(dtype).removeprefix("torch.")
-            table.append(
-                {"pass": name, "dtype": short, "ms": mine * 1e3, "vs torch": faster, "of copy rate": moved / limit}
-            )
-            result[f"{name.replace(' ', '_')}_{short}_vs_torch"] = round(faster, 3)
-    report(f"swiglu, {rows} x {width}", table, {"op": "swiglu"} | result)
+        short, size = str(dtype).removeprefix("torch."), gate.numel() * gate.element_size()
+        forward = {name: step(f, gate, up, None) for name, f in functions(device).items()}
+        both = {name: step(f, gate, up, grad) for name, f in functions(device).items()}
+        steps[f"forward {short}"] = forward, 3 * size
+        steps[f"forward and backward {short}"] = both, 8 * size
+    memory_bound("swiglu", f"swiglu, {rows} x {width}", steps, options.rounds)
 
 
-def step(
-    function: Callable[[Tensor, Tensor], Tensor], gate: Tensor, up: Tensor, grad: Tensor | None
-) -> Callable[[], object]:
+def step(function: Function, gate: Tensor, up: Tensor, grad: Tensor | None) -> Run:
     """One forward, or forward and backward."""
     if grad is None:
-        return lambda: function(gate.detach(), up.detach())
-    return lambda: torch.autograd.grad(function(gate, up), (gate, up), grad)
+        return lambda: function(gate, up)
+    leaves = gate.detach().requires_grad_(), up.detach().requires_grad_()
+    return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
 
 
 if __name__ == "__main__":

@@ -65,11 +65,14 @@ class Block(nn.Module):
         past = state or {"token": None, "channel": None}
         here = context.at("token")
         mixed, token_state = self.token(self.token_norm(x), here, past["token"])
-        x = x + here.dropout(mixed, self.dropout)
+        mixed = here.dropout(mixed, self.dropout)
         channel_state = past["channel"]
-        if self.channel is not None:
+        if self.channel is None:
+            x = x + mixed
+        else:
+            normed, x = self.channel_norm.add(x, mixed)
             here = context.at("channel")
-            mixed, channel_state = self.channel(self.channel_norm(x), here, channel_state)
+            mixed, channel_state = self.channel(normed, here, channel_state)
             x = x + here.dropout(mixed, self.dropout)
         return x, None if state is None else {"token": token_state, "channel": channel_state}
 

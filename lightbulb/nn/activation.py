@@ -1,16 +1,12 @@
 """The gated activation ``silu(gate) * up`` (SwiGLU, Shazeer 2020, arXiv:2002.05202) and the squared ReLU."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import relu, silu
+from torch.nn.functional import relu
 
+from lightbulb.ops import swiglu
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``, elementwise."""
-    return _SwiGLU.apply(gate, up)
+__all__ = ["squared_relu", "swiglu", "swiglu_grad_"]
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -23,20 +19,3 @@ def swiglu_grad_(gate: Tensor, activated: Tensor, up: Tensor, grad: Tensor, out:
     grad_gate, grad_up = out
     torch.mul(grad, activated, out=grad_up)
     torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """Keeps its two inputs and nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        grads = torch.empty_like(gate), torch.empty_like(up)
-        swiglu_grad_(gate, silu(gate), up, grad.clone(), grads)
-        return grads

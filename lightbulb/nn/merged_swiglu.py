@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
 
-from lightbulb.nn.activation import swiglu, swiglu_grad_
 from lightbulb.nn.merged import inner_products, merged_linear
 from lightbulb.nn.precision import product_dtype
+from lightbulb.ops import swiglu, swiglu_, swiglu_grad_
 
 _NUMBERS = 2**23  # of merged matrices at a time
 
@@ -57,7 +56,8 @@ class _MergedSwiGLU(torch.autograd.Function):
             gate_up, to_result = _merge(shares[pieces].to(dtype), matrices)
             for part, to_inner, back in zip(parts, gate_up.flatten(1, 2), to_result, strict=True):
                 gated, upped = torch.mm(inputs[part], to_inner.t(), out=inner[part]).chunk(2, dim=-1)
-                torch.mm(silu(gated).mul_(upped), back.t(), out=result[part])
+                hidden = swiglu_(gated, upped, torch.empty_like(upped))
+                torch.mm(hidden, back.t(), out=result[part])
         ctx.save_for_backward(rows, shares, gate, up, down, inner)
         ctx.counts = counts
         return result.to(rows.dtype)
@@ -89,11 +89,10 @@ def _backward_(rows: Tensor, inner: Tensor, grad: Tensor, matrices: list[Tensor]
     """Write the gradient of one piece's rows to ``grad_rows``, those of its matrices over the matrices."""
     gate_up, down = matrices
     gated, upped = inner.chunk(2, dim=-1)
-    activated, grad_hidden = silu(gated), grad @ down
-    torch.mm(grad.t(), activated * upped, out=down)
-    grad_inner = torch.empty_like(inner)
+    hidden, grad_inner = grad @ down, torch.empty_like(inner)
     grad_gated, grad_upped = grad_inner.chunk(2, dim=-1)
-    swiglu_grad_(gated, activated, upped, grad_hidden, (grad_gated, grad_upped))
+    swiglu_grad_(hidden, gated, upped, (grad_gated, grad_upped), hidden)
+    torch.mm(grad.t(), hidden, out=down)
     torch.mm(grad_inner, gate_up, out=grad_rows)
     torch.mm(grad_inner.t(), rows, out=gate_up)
 

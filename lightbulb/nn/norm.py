@@ -1,14 +1,11 @@
 """Root-mean-square layer normalisation (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import rms_norm
 
 from lightbulb.nn.groups import sum_over, tensor_axis
 from lightbulb.nn.parameter import Logical, make_parameter
+from lightbulb.ops import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +23,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Normalise ``x [..., dim]``."""
-        return weighted_rms(x, self.weight if weight is None else weight, self.eps)
+        return rms_norm(x, self.weight if weight is None else weight, self.eps)
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalised ``x + delta``, and ``x + delta`` itself: the step from one part of a block to the next."""
+        return add_rms_norm(x, delta, self.weight, self.eps)
 
 
 class SplitRMSNorm(nn.Module):
@@ -51,7 +52,7 @@ class SplitRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x [..., dim / ranks]`` inside the tensor region."""
         if self.local_groups == 1:
-            return weighted_rms(x, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps)
         if self.local_groups:
             return unit_rms(x.unflatten(-1, (self.local_groups, -1)), self.eps).flatten(-2) * self.weight
         wide = _wide(x)
@@ -61,40 +62,7 @@ class SplitRMSNorm(nn.Module):
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps)`` over the last dimension, statistics in float32."""
-    return weighted_rms(x, x.new_ones(x.shape[-1]), eps)
-
-
-def weighted_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, statistics in float32."""
-    if x.device.type == "cpu":
-        return _RMSNorm.apply(x, weight, eps)
-    return rms_norm(x, weight.shape, weight, eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """On CPU ``rms_norm`` is a chain of operators with a copy each; this is a third of their passes over memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = _wide(x).reshape(-1, x.shape[-1])
-        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        scale = (norm.square_() / rows.shape[1] + eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (rows * scale).mul_(_wide(weight)).to(x.dtype).view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        dim = x.shape[-1]
-        unit = _wide(x).reshape(-1, dim) * scale
-        grad = _wide(grad).reshape(-1, dim)
-        product = grad * unit
-        grad_weight = product.sum(0).to(weight.dtype)
-        # The part of the gradient along the row changes only its length, which the norm removes.
-        along = (product @ _wide(weight)).div_(dim)[:, None]
-        grad_x = torch.mul(grad, _wide(weight), out=product).addcmul_(unit, along, value=-1).mul_(scale)
-        return grad_x.to(x.dtype).view(x.shape), grad_weight, None
+    return rms_norm(x, None, eps)
 
 
 def _wide(x: Tensor) -> Tensor:

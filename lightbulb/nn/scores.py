@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightbulb.nn.precision import product_dtype
+from lightbulb.ops import softmax
 
 _TEMPERATURE = (-0.037, 0.481, -2.3, 4.917, -1.791)  # of the entropy, highest power first
 _MIN_ENTROPY = 0.5  # below it a head is sharp enough
@@ -117,19 +118,21 @@ def grouped_product(query: Tensor, key: Tensor) -> Tensor:
 def softmax_with_sink(scores: Tensor, mask: Tensor, sink: Tensor | None, sharpen: bool = False) -> Tensor:
     """Weights of those of ``scores [batch, heads, queries, keys]`` that the mask allows; with ``sink [heads]`` they
     sum to less than 1. The sink is a key like others: it counts in the entropy and is sharpened with them."""
-    logits = None if sink is None else sink.to(scores.dtype)[None, :, None, None]
+    logits = None if sink is None else sink[:, None]
+    if sharpen:
+        factor = inverse_temperature(_with_the_sink(scores, mask, logits))
+        scores = scores * factor  # before the mask: the factor's gradient would be 0 times minus infinity
+        logits = None if logits is None else logits * factor[..., 0]
+    return softmax(scores, mask, logits)
 
-    def softmax(scores: Tensor, logits: Tensor | None) -> Tensor:
-        scores = scores.masked_fill(~mask, float("-inf"))
-        if logits is not None:
-            scores = torch.cat((scores, logits.expand(*scores.shape[:3], 1)), dim=3)
-        return scores.softmax(-1)
 
-    weights = softmax(scores, logits)
-    if sharpen:  # before the mask: the factor's gradient would be 0 times minus infinity
-        factor = inverse_temperature(weights)
-        weights = softmax(scores * factor, None if logits is None else logits * factor)
-    return weights if sink is None else weights[..., :-1]
+def _with_the_sink(scores: Tensor, mask: Tensor, logits: Tensor | None) -> Tensor:
+    """The weights of all keys, the sink last."""
+    weights = softmax(scores, mask, logits)
+    if logits is None:
+        return weights
+    rest = (1.0 - weights.sum(-1, keepdim=True)).clamp(min=0.0)  # rounding may leave less than nothing
+    return torch.cat((weights, rest), dim=-1)
 
 
 def inverse_temperature(weights: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Two nodes with different checkouts, configs or package versions train something 
 Every rank states what it runs; one digest is compared, and only where it differs the facts themselves are.
 """
 
+import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
@@ -13,10 +14,11 @@ from typing import Any
 import torch.distributed as dist
 import xxhash
 
+from lightbulb import ops
 from lightbulb.config import Config, flatten
 from lightbulb.parallel.collective import RankError
 
-PACKAGES = ("torch", "megatron-core", "mosaicml-streaming", "safetensors", "numpy", "tokenizers")
+PACKAGES = ("torch", "triton", "megatron-core", "mosaicml-streaming", "safetensors", "numpy", "tokenizers")
 """Packages whose version can change the numbers or the files."""
 MAX_NAMED = 5
 """One refusal names at most this many differences."""
@@ -42,9 +44,13 @@ def check_same_on_all_ranks(config: Config) -> None:
 
 
 def facts_of(config: Config, root: Path = _ROOT) -> dict[str, str]:
-    """What must be the same everywhere: config keys, own source files, package versions."""
+    """What must be the same everywhere: config keys, own source files, package versions, what kernels compute."""
     facts = {f"config {key}": repr(value) for key, value in flatten(config.model_dump(mode="json")).items()}
     facts |= {f"version of {name}": version for name, version in _versions()}
+    facts |= {
+        f"environment {ops.VARIABLE}": os.environ.get(ops.VARIABLE) or "not set",
+        "C++ kernels": "built" if ops.is_built() else "not built",
+    }
     for path in sorted(root.rglob("*.py")):
         facts[f"code {path.relative_to(root.parent)}"] = xxhash.xxh3_64_hexdigest(path.read_bytes())
     return facts

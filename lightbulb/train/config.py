@@ -8,6 +8,7 @@ import lightbulb.modifiers  # noqa: F401  (registers what model.modifiers can na
 from lightbulb.config import Config, ConfigError
 from lightbulb.data.config import DataConfig
 from lightbulb.models.language import LanguageConfig
+from lightbulb.ops import Kernels
 from lightbulb.parallel.optimizer import OptimizerConfig
 from lightbulb.parallel.pipeline_cut import language_stages
 from lightbulb.parallel.topology import ParallelConfig
@@ -27,6 +28,9 @@ class TrainConfig(Config):
     """Contexts per forward pass of one rank."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Dtype of weights and activations; auto picks what the device is fast at. Masters and moments are fp32."""
+    kernels: Kernels = "auto"
+    """How operations with a kernel of their own are computed: auto by the fastest form the machine has, reference by
+    naive PyTorch, to see whether a kernel is to blame. The environment's LIGHTBULB_KERNELS counts more."""
     log_every: int = Field(10, ge=1)
     """Steps between lines on a console that is not a terminal."""
     eval_every: int = Field(0, ge=0)

@@ -30,6 +30,7 @@ from lightbulb.train.agreement import check_same_on_all_ranks
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into, newest_checkpoint, start_from
 from lightbulb.train.config import RunConfig
 from lightbulb.train.faults import StopSignal, fault_point, poisoned
+from lightbulb.train.kernels import use_kernels
 from lightbulb.train.ledger import Ledger, rewind_ledger
 from lightbulb.train.manifest import TrainState, set_aside_newer, sweep
 from lightbulb.train.metrics import FILE_NAME, MetricsWriter, read_metrics
@@ -359,7 +360,8 @@ class Trainer:
 
 @contextmanager
 def open_trainer(config: RunConfig, device: torch.device) -> Iterator[Trainer]:
-    """A trainer for the ranks that were started, all with the same config, code and packages."""
+    """A trainer for the ranks that were started, all with the same config, code, packages and kernels."""
     check_same_on_all_ranks(config)
+    use_kernels(config.train.kernels)
     with Trainer(config.resolve(dist.get_world_size()), device) as trainer:
         yield trainer

@@ -30,6 +30,7 @@ RULES = {
     "schedule": Rule.SAID,
     "train.steps": Rule.SAID,  # the schedule counts in fractions of it
     "train.max_skipped_steps": Rule.SAID,
+    "train.kernels": Rule.SAID,  # the same function, rounded otherwise
     "data.document_mask": Rule.SAID,
     "data.path": Rule.SAID,  # the same corpus elsewhere: its digest is compared when the loader resumes
     "run": Rule.FREE,
