@@ -4,6 +4,17 @@
 """
 
 from lightbulb.kernels.choice import Kernels, choose
+from lightbulb.kernels.experts import grouped_linear, grouped_swiglu, mixture_swiglu, spread, weighted_sum
 from lightbulb.kernels.native import ABSENT, is_built
 
-__all__ = ["ABSENT", "Kernels", "choose", "is_built"]
+__all__ = [
+    "ABSENT",
+    "Kernels",
+    "choose",
+    "grouped_linear",
+    "grouped_swiglu",
+    "is_built",
+    "mixture_swiglu",
+    "spread",
+    "weighted_sum",
+]
