@@ -13,6 +13,8 @@ from lightbulb.kernels.experts.schedule import Schedule, schedule
 
 
 class GroupedLinear(torch.autograd.Function):
+    """``y[r] = weight[expert of r] @ rows[r]``."""
+
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
         rows = rows.contiguous()

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lightbulb.kernels.experts.schedule import TABLE, Schedule
 
-
 _WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 

@@ -10,6 +10,7 @@ _BLOCK = 1024
 
 @triton.jit
 def sum_kernel(rows, index, weights, out, dim, TOP_K: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr):
+    """As :func:`sum_rows`."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -24,6 +25,7 @@ def sum_kernel(rows, index, weights, out, dim, TOP_K: tl.constexpr, HAS_WEIGHTS:
 
 @triton.jit
 def sum_grad_kernel(grad, rows, order, gates, grad_rows, grad_gates, dim, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """As :func:`sum_rows_grad`."""
     row = tl.program_id(0).to(tl.int64)
     pair = tl.load(order + row).to(tl.int64)
     gate = tl.load(gates + pair).to(tl.float32)

@@ -66,6 +66,7 @@ class Schedule(NamedTuple):
 
 @triton.jit
 def schedule_kernel(ends, table, experts, tiles, TILE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the table, some tiles in a program: see :class:`Schedule`."""
     expert = tl.arange(0, EXPERTS)
     end = tl.load(ends + expert, mask=expert < experts, other=0)
     start = tl.load(ends + expert - 1, mask=(expert > 0) & (expert < experts), other=0)

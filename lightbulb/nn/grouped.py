@@ -16,6 +16,11 @@ def grouped_swiglu(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int
     return ops.grouped_swiglu(rows, gate_up, down, counts, product_dtype(rows))
 
 
+def mixture_swiglu(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As :func:`lightbulb.ops.mixture_swiglu`, in the dtype that this machine multiplies fastest in."""
+    return ops.mixture_swiglu(x, gates, experts, gate_up, down, product_dtype(x))
+
+
 class GroupedLinear(SplitLinear):
     """One matrix per expert, or several: ``weight [experts, out, in]``, or ``[experts, parts, out, in]``.
 
