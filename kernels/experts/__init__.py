@@ -10,13 +10,24 @@ import torch
 from torch import Tensor
 
 from lightbulb.kernels.choice import HAS_TRITON, is_reference, takes_triton
-from lightbulb.kernels.experts import grouped, reference
+from lightbulb.kernels.experts import grouped, merged, reference
+from lightbulb.kernels.experts.merged import Matrices
 from lightbulb.kernels.experts.permute import sort_pairs, spread, weighted_sum
+from lightbulb.kernels.swiglu import swiglu
 
 if HAS_TRITON:
     from lightbulb.kernels.experts import fused
 
-__all__ = ["grouped_linear", "grouped_swiglu", "mixture_swiglu", "spread", "weighted_sum"]
+__all__ = [
+    "Matrices",
+    "grouped_linear",
+    "grouped_swiglu",
+    "merged_linear",
+    "merged_swiglu",
+    "mixture_swiglu",
+    "spread",
+    "weighted_sum",
+]
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
@@ -81,6 +92,51 @@ def mixture_swiglu(
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     rows = spread(x, order, inverse, None, experts.shape[1])
     return weighted_sum(grouped_swiglu(rows, gate_up, down, counts, dtype), gates, order, inverse)
+
+
+def merged_linear(
+    rows: Tensor, shares: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype | None = None
+) -> Tensor:
+    """``y[r] = (sum_i shares[p, i] weight[i]) @ rows[r]`` with p the piece of r.
+
+    Args:
+        rows: ``[R, in]``, piece after piece.
+        shares: ``[P, E]``.
+        weight: ``[E, out, in]``.
+        counts: rows of each piece, none of them zero; the sum is R.
+        dtype: to merge and multiply in; None for that of the rows.
+
+    Returns:
+        ``[R, out]``.
+    """
+    if is_reference():
+        return reference.merged_linear(rows, shares, weight, counts)
+    return merged.MergedLinear.apply(rows, shares, weight, counts, dtype or rows.dtype)
+
+
+def merged_swiglu(
+    rows: Tensor, shares: Tensor, matrices: Matrices, counts: list[int], dtype: torch.dtype | None = None
+) -> Tensor:
+    """``y[r] = down @ (silu(gate @ rows[r]) * (up @ rows[r]))``, with the matrices of r's piece.
+
+    Args:
+        rows: ``[R, dim]``, piece after piece.
+        shares: ``[P, E]``: what each expert contributes to the matrices of a piece.
+        matrices: of the experts.
+        counts: rows of each piece, none of them zero; the sum is R.
+        dtype: as in :func:`merged_linear`.
+
+    Returns:
+        ``[R, dim]``.
+    """
+    if is_reference():
+        return reference.merged_swiglu(rows, shares, matrices, counts)
+    dtype = dtype or rows.dtype
+    if rows.is_cpu:
+        return merged.MergedSwiGLU.apply(rows, shares, *matrices, counts, dtype)
+    gate, up, down = matrices
+    hidden = swiglu(merged_linear(rows, shares, gate, counts, dtype), merged_linear(rows, shares, up, counts, dtype))
+    return merged_linear(hidden, shares, down, counts, dtype)
 
 
 def _takes_triton(rows: Tensor) -> bool:

@@ -45,13 +45,13 @@ class GroupedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int], dtype: torch.dtype) -> Tensor:
-        width, scratch = down.shape[2], _Scratch(dtype, rows.device)
+        width, scratch = down.shape[2], Scratch(dtype, rows.device)
         inner = rows.new_empty(len(rows), 2 * width, dtype=dtype)
         result = rows.new_empty(rows.shape)
         for expert, part in _parts(counts):
             own, hidden = inner[part], scratch.take("hidden", part.stop - part.start, width)
             torch.mm(scratch.convert("rows", rows[part]), scratch.convert("weight", gate_up[expert]).t(), out=own)
-            _activate(own[:, :width], own[:, width:], hidden)
+            activate(own[:, :width], own[:, width:], hidden)
             scratch.multiply(hidden, scratch.convert("weight", down[expert]).t(), result[part])
         ctx.save_for_backward(rows, gate_up, down, inner)
         ctx.counts = counts
@@ -61,7 +61,7 @@ class GroupedSwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, gate_up, down, inner = ctx.saved_tensors
-        width, scratch = down.shape[2], _Scratch(inner.dtype, inner.device)
+        width, scratch = down.shape[2], Scratch(inner.dtype, inner.device)
         grad_rows = rows.new_empty(rows.shape)
         grad_gate_up, grad_down = (_zero_unused(torch.empty_like(weight), ctx.counts) for weight in (gate_up, down))
         for expert, part in _parts(ctx.counts):
@@ -69,17 +69,18 @@ class GroupedSwiGLU(torch.autograd.Function):
             hidden, grad_inner = scratch.take("hidden", count, width), scratch.take("inner", count, 2 * width)
             incoming = scratch.convert("grad", grad[part])
             torch.mm(incoming, scratch.convert("weight", down[expert]), out=hidden)
-            _activate_grad_(inner[part], hidden, grad_inner)
+            activate_grad_(inner[part], hidden, grad_inner)
             scratch.multiply(incoming.t(), hidden, grad_down[expert])
             scratch.multiply(grad_inner, scratch.convert("weight", gate_up[expert]), grad_rows[part])
             scratch.multiply(grad_inner.t(), scratch.convert("rows", rows[part]), grad_gate_up[expert])
         return grad_rows, grad_gate_up, grad_down, None, None
 
 
-class _Scratch:
+class Scratch:
     """Memory in the dtype of the products: what an expert needs lies where the expert before it had its own."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype = dtype
         self._empty = torch.empty(0, dtype=dtype, device=device)
         self._places: dict[str, Tensor] = {}
 
@@ -92,7 +93,7 @@ class _Scratch:
 
     def convert(self, name: str, x: Tensor) -> Tensor:
         """``x`` in this dtype: itself where it has it."""
-        return x if x.dtype == self._empty.dtype else self.take(name, *x.shape).copy_(x)
+        return x if x.dtype == self.dtype else self.take(name, *x.shape).copy_(x)
 
     def multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """``out = a @ b``, rounded to out's dtype."""
@@ -102,7 +103,7 @@ class _Scratch:
             out.copy_(torch.mm(a, b, out=self.take("product", *out.shape)))
 
 
-def _activate(gate: Tensor, up: Tensor, out: Tensor) -> None:
+def activate(gate: Tensor, up: Tensor, out: Tensor) -> None:
     """``out = silu(gate) * up``."""
     if takes_native(out) and out.dtype in native.DTYPES:
         swiglu_native.forward(gate, up, out)
@@ -110,7 +111,7 @@ def _activate(gate: Tensor, up: Tensor, out: Tensor) -> None:
         torch.mul(silu(gate), up, out=out)
 
 
-def _activate_grad_(inner: Tensor, hidden: Tensor, grad_inner: Tensor) -> None:
+def activate_grad_(inner: Tensor, hidden: Tensor, grad_inner: Tensor) -> None:
     """As :func:`lightbulb.kernels.experts.native.swiglu_grad_`."""
     if takes_native(hidden) and hidden.dtype in native.DTYPES:
         return native.swiglu_grad_(inner, hidden, grad_inner)

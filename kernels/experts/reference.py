@@ -35,3 +35,16 @@ def mixture_swiglu(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, d
     counts = experts.flatten().bincount(minlength=len(gate_up)).tolist()
     rows = grouped_swiglu(spread(x, order, gates.shape[1]), gate_up, down, counts)
     return weighted_sum(rows, gates, order)
+
+
+def merged_linear(rows: Tensor, shares: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    """``y[r] = (sum_i shares[p, i] weight[i]) @ rows[r]`` with p the piece of r."""
+    matrices = torch.einsum("pe,eoi->poi", shares.to(weight.dtype), weight)
+    return torch.cat([part @ matrix.t() for part, matrix in zip(rows.split(counts), matrices, strict=True)])
+
+
+def merged_swiglu(rows: Tensor, shares: Tensor, matrices: tuple[Tensor, Tensor, Tensor], counts: list[int]) -> Tensor:
+    """A SwiGLU whose matrices are those of each row's piece."""
+    gate, up, down = matrices
+    hidden = silu(merged_linear(rows, shares, gate, counts)) * merged_linear(rows, shares, up, counts)
+    return merged_linear(hidden, shares, down, counts)

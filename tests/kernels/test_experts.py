@@ -8,7 +8,7 @@ from compiling import SHARED_LIMIT, compile_all
 from torch import Tensor
 
 from lightbulb.kernels import choice, experts
-from lightbulb.kernels.experts import fused, grouped, kernel, native, permute, reference, row_kernel
+from lightbulb.kernels.experts import fused, grouped, kernel, merged, native, permute, reference, row_kernel
 from lightbulb.kernels.experts.schedule import TABLE, row_tile, schedule
 from lightbulb.kernels.native import is_built
 
@@ -173,6 +173,33 @@ def test_loops(counts: list[int], dtype: torch.dtype, poisoned: None) -> None:
     rows, weight = inputs[0], inputs[2].transpose(1, 2)
     wanted = results(reference.grouped_linear, in_double([rows, weight]), counts)
     check(results(grouped.GroupedLinear.apply, [rows, weight], counts), wanted, bound)
+
+
+@pytest.mark.parametrize("features", [64, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, *BOUNDS], ids=str)
+@pytest.mark.parametrize("counts", [[4], [1, 7, 2], [5, 5]], ids=str)
+def test_merged(
+    counts: list[int], dtype: torch.dtype, features: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merged, "CPU_NUMBERS", 1)
+    monkeypatch.setattr(merged, "_NARROWEST", features)
+    monkeypatch.setattr(merged, "_memory", merged._Kept())  # as poisoned as the rest
+    cpu, bound = torch.device("cpu"), BOUNDS.get(dtype, 1e-13)
+    rows = draw(8, sum(counts), dtype=dtype, device=cpu).t()
+    shares = draw(len(counts), 4, dtype=torch.promote_types(dtype, torch.float32), device=cpu).softmax(-1)
+    gate, up, down = (draw(4, *shape, dtype=dtype, device=cpu) for shape in ((11, 8), (11, 8), (8, 11)))
+
+    def swiglu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda rows, shares, gate, up, down: function(rows, shares, (gate, up, down), counts)
+
+    inputs = [rows, shares, gate, up, down]
+    check(
+        results(swiglu(experts.merged_swiglu), inputs),
+        results(swiglu(reference.merged_swiglu), in_double(inputs)),
+        bound,
+    )
+    wanted = results(reference.merged_linear, in_double(inputs[:3]), counts)
+    check(results(experts.merged_linear, inputs[:3], counts), wanted, bound)
 
 
 def rows_inputs(dtype: torch.dtype, device: torch.device, dim: int, drops: bool) -> tuple[list[Tensor], list[Tensor]]:
