@@ -65,7 +65,8 @@ def grouped_swiglu(
         return reference.grouped_swiglu(rows, gate_up, down, counts)
     if _takes_triton(rows):
         return fused.GroupedSwiGLU.apply(rows, gate_up.flatten(1, 2), down, counts)
-    return grouped.GroupedSwiGLU.apply(rows, gate_up.flatten(1, 2), down, counts, dtype or rows.dtype)
+    keep = torch.is_grad_enabled()
+    return grouped.GroupedSwiGLU.apply(rows, gate_up.flatten(1, 2), down, counts, dtype or rows.dtype, keep)
 
 
 def mixture_swiglu(

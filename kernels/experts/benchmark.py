@@ -1,6 +1,7 @@
 """A mixture of experts against its peers: ``python -m lightbulb.kernels.experts.benchmark``.
 
-On the CPU: Hugging Face's Mixtral block, router and all, where transformers is installed. On a GPU: what is written
+On the CPU: Hugging Face's Mixtral block, router and all, where transformers is installed; and experts merged for pieces
+of 256 tokens against a dense layer of their active size, which has less to do. On a GPU: what is written
 with ``torch._grouped_mm`` (gather, product, activation, product, scatter-add), in the shapes of Mixtral 8x7B and
 Qwen3-30B-A3B, tokens routed as evenly as can be or naturally (experts drawn with Zipf's law).
 The roof is a square matrix product in the same loop.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from lightbulb.kernels.experts import mixture_swiglu
+from lightbulb.kernels.experts import grouped_swiglu, merged_swiglu, mixture_swiglu
 from lightbulb.kernels.timing import Run, interleaved, ratio, report
 
 ROOF = "roof"
@@ -41,6 +42,7 @@ class Shape(NamedTuple):
 
 
 CPU = (Shape("small", 2048, 256, 520, 8, 2), Shape("wide", 2048, 1024, 2048, 8, 2))
+MERGED = Shape("merged", 4096, 512, 1376, 8, 1)
 GPU = (Shape("Mixtral", 16384, 4096, 14336, 8, 2), Shape("Qwen3-30B-A3B", 16384, 2048, 768, 128, 8))
 
 
@@ -122,8 +124,32 @@ def cpu_rows(rounds: int) -> list[dict[str, object]]:
                 print("skipped: Hugging Face's block, transformers is not installed")
             else:
                 contenders["hf"] = steps(*huggingface(leaves, shape), grad)
-            table += measure(shape, str(dtype), contenders, roof(1024, torch.float32, "cpu"), rounds)
+            fewer = rounds if shape.dim < 512 else max(3, rounds // 3)
+            table += measure(shape, str(dtype), contenders, roof(1024, torch.float32, "cpu"), fewer)
     return table
+
+
+def merged_rows(rounds: int) -> list[dict[str, object]]:
+    """The table of merged experts."""
+    pieces, dtype = MERGED.tokens // 256, product_dtype(torch.bfloat16)
+    x, _, gate_up, down = (t.detach() for t in weights(MERGED, torch.bfloat16, "cpu"))
+    grad = torch.randn_like(x)
+    shares = torch.randn(pieces, MERGED.experts).softmax(-1)
+
+    def ours(x: Tensor, shares: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return merged_swiglu(x, shares, (gate, up, down), [256] * pieces, dtype)
+
+    def dense(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return grouped_swiglu(x, gate_up, down, [len(x)], dtype)
+
+    def leaves(*tensors: Tensor) -> list[Tensor]:
+        return [t.clone().requires_grad_() for t in tensors]
+
+    contenders = {
+        "ours": steps(ours, leaves(x, shares, *gate_up.unbind(1), down), grad),
+        "dense": steps(dense, leaves(x, gate_up[:1], down[:1]), grad),
+    }
+    return measure(MERGED, "bfloat16", contenders, roof(1024, torch.float32, "cpu"), rounds)
 
 
 def natural(shape: Shape) -> Tensor:
@@ -176,7 +202,7 @@ def measure(
     table = []
     for factor, name in ((1, "forward"), (3, "forward and backward")):
         runs = {who: parts[name] for who, parts in contenders.items()}
-        seconds = interleaved({**runs, ROOF: square[0]}, rounds)
+        seconds = interleaved({**runs, ROOF: square[0]}, rounds, warmup=1)
         rate = factor * shape.flops / statistics.median(seconds["ours"])
         row: dict[str, object] = {"shape": shape.name, "case": case.removeprefix("torch."), "pass": name}
         row |= {"ms": statistics.median(seconds["ours"]) * 1e3, "TFLOP/s": rate / 1e12}
@@ -190,13 +216,16 @@ def main() -> None:
     """Measure, print a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if not torch.cuda.is_available():
         print("skipped: Triton against torch._grouped_mm, there is no GPU")
-    table = (gpu_rows if torch.cuda.is_available() else cpu_rows)(options.rounds)
-    report("Mixture of experts", table, {"rows": table})
+        tables = {"Mixture of experts": cpu_rows(options.rounds), "Merged experts": merged_rows(options.rounds)}
+    else:
+        tables = {"Mixture of experts": gpu_rows(options.rounds)}
+    for title, table in tables.items():
+        report(title, table, {"rows": table})
 
 
 if __name__ == "__main__":

@@ -39,17 +39,21 @@ class GroupedLinear(torch.autograd.Function):
 class GroupedSwiGLU(torch.autograd.Function):
     """Expert by expert through both products, so that an expert's activations are still in cache for the next step.
 
-    Multiplies in ``dtype``. Keeps the rows and the inputs of the activation; what is derived from them is computed
-    again in the backward. What an expert needs for the moment lies where the expert before it had its own.
+    Multiplies in ``dtype``. Keeps the rows and, with ``keep``, the inputs of the activation, which the backward needs;
+    what is derived from them is computed again there. What an expert needs for the moment lies where the expert before it had its own.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int], dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int], dtype: torch.dtype, keep: bool
+    ) -> Tensor:
         width, scratch = down.shape[2], Scratch(dtype, rows.device)
-        inner = rows.new_empty(len(rows), 2 * width, dtype=dtype)
+        inner = rows.new_empty(len(rows) if keep else 0, 2 * width, dtype=dtype)
         result = rows.new_empty(rows.shape)
         for expert, part in _parts(counts):
-            own, hidden = inner[part], scratch.take("hidden", part.stop - part.start, width)
+            count = part.stop - part.start
+            own = inner[part] if keep else scratch.take("inner", count, 2 * width)
+            hidden = scratch.take("hidden", count, width)
             torch.mm(scratch.convert("rows", rows[part]), scratch.convert("weight", gate_up[expert]).t(), out=own)
             activate(own[:, :width], own[:, width:], hidden)
             scratch.multiply(hidden, scratch.convert("weight", down[expert]).t(), result[part])
@@ -73,7 +77,7 @@ class GroupedSwiGLU(torch.autograd.Function):
             scratch.multiply(incoming.t(), hidden, grad_down[expert])
             scratch.multiply(grad_inner, scratch.convert("weight", gate_up[expert]), grad_rows[part])
             scratch.multiply(grad_inner.t(), scratch.convert("rows", rows[part]), grad_gate_up[expert])
-        return grad_rows, grad_gate_up, grad_down, None, None
+        return grad_rows, grad_gate_up, grad_down, None, None, None
 
 
 class Scratch:
