@@ -40,7 +40,8 @@ class GroupedSwiGLU(torch.autograd.Function):
     """Expert by expert through both products, so that an expert's activations are still in cache for the next step.
 
     Multiplies in ``dtype``. Keeps the rows and, with ``keep``, the inputs of the activation, which the backward needs;
-    what is derived from them is computed again there. What an expert needs for the moment lies where the expert before it had its own.
+    what is derived from them is computed again there. What an expert needs for the moment lies where the expert before
+    it had its own.
     """
 
     @staticmethod
