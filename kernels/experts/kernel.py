@@ -394,7 +394,8 @@ def weight_grad(
 ) -> Tensor:
     """``[E, out, in]``: for each expert the sum over its rows of ``grad[r] a[r]^T``."""
     experts, height, columns = len(plan.ends), grad.shape[1], a.shape[1]
-    tiles = TABLE["weight_grad", 128]
+    is_gathered = grad_index is not None or a_index is not None
+    tiles = TABLE["gathered_weight_grad" if is_gathered else "weight_grad", 128]
     out = a.new_empty(experts, height, columns)
     weight_grad_kernel[(experts * triton.cdiv(height, tiles.rows) * triton.cdiv(columns, tiles.columns),)](
         grad,

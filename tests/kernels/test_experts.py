@@ -332,7 +332,7 @@ def hopper_kernels(tiles: tuple[int, ...]) -> list[dict[str, object]]:
     def add(path: str, tile: int, **constants: object) -> None:
         own = TABLE[path, tile]
         shape = {"BLOCK_M": own.rows, "BLOCK_N": own.columns, "BLOCK_K": own.depth, "GROUP": 8}
-        name = f"lightbulb.kernels.experts.kernel:{path}_kernel"
+        name = f"lightbulb.kernels.experts.kernel:{path.removeprefix('gathered_')}_kernel"
         launch = {"warps": own.warps, "stages": own.stages}
         kernels.append({"kernel": name, "signature": signature, "constants": constants | shape} | launch)
 
@@ -341,8 +341,9 @@ def hopper_kernels(tiles: tuple[int, ...]) -> list[dict[str, object]]:
         add("linear", tile, HAS_INDEX=False, EVEN=True, weight_stride_n=1, index=None)
         add("swiglu", tile, HAS_INDEX=True, EVEN=True)
         add("swiglu_grad", tile, HAS_INDEX=True, HAS_GATES=True, EVEN=True)
-    add("weight_grad", 128, HAS_GRAD_INDEX=True, HAS_A_INDEX=False, a_index=None)
-    add("weight_grad", 128, HAS_GRAD_INDEX=False, HAS_A_INDEX=True, grad_index=None)
+    add("weight_grad", 128, HAS_GRAD_INDEX=False, HAS_A_INDEX=False, grad_index=None, a_index=None)
+    add("gathered_weight_grad", 128, HAS_GRAD_INDEX=True, HAS_A_INDEX=False, a_index=None)
+    add("gathered_weight_grad", 128, HAS_GRAD_INDEX=False, HAS_A_INDEX=True, grad_index=None)
     folder = "lightbulb.kernels.experts"
     constants = {"TILE": 128, "EXPERTS": 128, "BLOCK": 32}
     kernels.append({"kernel": f"{folder}.schedule:schedule_kernel", "signature": signature, "constants": constants})
