@@ -6,6 +6,16 @@
 from lightbulb.kernels import describe
 from lightbulb.kernels.block_sparse_attention import Sight, Tiles, block_sparse_attention, takes_tiles
 from lightbulb.kernels.choice import VARIABLE, Kernels, choose, chosen
+from lightbulb.kernels.experts import (
+    Matrices,
+    grouped_linear,
+    grouped_swiglu,
+    merged_linear,
+    merged_swiglu,
+    mixture_swiglu,
+    spread,
+    weighted_sum,
+)
 from lightbulb.kernels.linear_recurrence import linear_recurrence, state_dtype
 from lightbulb.kernels.native import ABSENT, is_built
 from lightbulb.kernels.rms_norm import add_rms_norm, rms_norm
@@ -20,6 +30,7 @@ __all__ = [
     "FORMATS",
     "VARIABLE",
     "Kernels",
+    "Matrices",
     "PackFormat",
     "Sight",
     "TernaryWeight",
@@ -29,14 +40,20 @@ __all__ = [
     "choose",
     "chosen",
     "describe",
+    "grouped_linear",
+    "grouped_swiglu",
     "is_built",
     "linear_recurrence",
+    "merged_linear",
+    "merged_swiglu",
+    "mixture_swiglu",
     "pack_codes",
     "rms_norm",
     "rotate",
     "softmax",
     "softmax_",
     "softmax_grad_",
+    "spread",
     "state_dtype",
     "swiglu",
     "swiglu_",
@@ -44,4 +61,5 @@ __all__ = [
     "takes_tiles",
     "ternary_matmul",
     "unpack_codes",
+    "weighted_sum",
 ]

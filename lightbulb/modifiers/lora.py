@@ -24,11 +24,11 @@ from lightbulb.config import ConfigError, Cost
 from lightbulb.mixers.base import Facts
 from lightbulb.models.modifier import ModifierConfig
 from lightbulb.modifiers.matching import check_match, matching_linears
-from lightbulb.nn.grouped import grouped_linear
 from lightbulb.nn.groups import share_in_tensor_region
 from lightbulb.nn.linear import Adapter, SplitLinear
 from lightbulb.nn.nf4 import BLOCK, NF4
 from lightbulb.nn.parameter import Logical, constant, make_parameter, set_values, stored_values, values_of
+from lightbulb.ops import grouped_linear
 from lightbulb.registry import register
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import Work, all_to_all_single
-from torch.nn.functional import embedding_bag
 
+from lightbulb import ops
 from lightbulb.nn.groups import Axis
 
 
@@ -85,7 +85,7 @@ def dispatch(
     if kept is not None:
         rows = int(counts.sum())
         order, inverse, kept = order[:rows], inverse.clamp(max=max(rows - 1, 0)), kept.view(-1, top_k)
-    rows = _Spread.apply(x, order, inverse, kept, top_k)
+    rows = ops.spread(x, order, inverse, kept, top_k)
     if axis.group is None:
         return lambda: rows, Plan(order, inverse, kept, counts.tolist(), None)
     exchange, local_counts = _plan_exchange(counts, axis)
@@ -129,7 +129,7 @@ def combine(rows: Tensor, gates: Tensor, plan: Plan) -> Tensor:
         rows = _Receive.apply(_Send.apply(rows, flight), flight)
     if plan.kept is not None:
         gates = gates.masked_fill(~plan.kept, 0.0)
-    return _WeightedSum.apply(rows, gates, plan.order, plan.inverse)
+    return ops.weighted_sum(rows, gates, plan.order, plan.inverse)
 
 
 def _within_limit(pairs: Tensor, num_experts: int, limit: int, priority: Tensor | None) -> Tensor:
@@ -156,51 +156,6 @@ def _plan_exchange(counts: Tensor, axis: Axis) -> tuple[_Exchange, list[int]]:
     sent = counts.view(axis.size, -1).sum(1).tolist()
     exchange = _Exchange(axis, sent, by_source.sum(1).tolist(), by_expert, back)
     return exchange, by_source.sum(0).tolist()
-
-
-class _Spread(torch.autograd.Function):
-    """Copy each token to the rows of its choices; backward adds the rows' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, kept: Tensor | None, top_k: int) -> Tensor:
-        ctx.save_for_backward(inverse, kept)
-        ctx.top_k = top_k
-        return x.index_select(0, order // top_k)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inverse, kept = ctx.saved_tensors
-        if len(grad) == 0:
-            return grad.new_zeros(len(inverse) // ctx.top_k, grad.shape[1]), None, None, None, None
-        weights = None if kept is None else kept.to(grad.dtype)
-        return _gather_sum(grad, inverse.view(-1, ctx.top_k), weights), None, None, None, None
-
-
-class _WeightedSum(torch.autograd.Function):
-    """Gather each token's rows and add them with the gates; the backward is a gather too."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, gates: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, gates, order, inverse)
-        if len(rows) == 0:
-            return rows.new_zeros(len(gates), rows.shape[1])
-        return _gather_sum(rows, inverse.view(gates.shape), gates.to(rows.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gates, order, inverse = ctx.saved_tensors
-        if len(rows) == 0:
-            return torch.zeros_like(rows), torch.zeros_like(gates), None, None
-        spread = grad.index_select(0, order // gates.shape[1])
-        row_gates = (rows * spread).sum(-1, dtype=gates.dtype)
-        grad_gates = row_gates.index_select(0, inverse).view(gates.shape)
-        weights = gates.to(rows.dtype).flatten().index_select(0, order)
-        return spread.mul_(weights[:, None]), grad_gates, None, None
-
-
-def _gather_sum(rows: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
-    """``sum_k weights[t, k] * rows[index[t, k]]`` in one pass, without the gathered rows."""
-    return embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
 
 
 class _Permute(torch.autograd.Function):

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from lightbulb.config import ConfigError, build_config
+from lightbulb.kernels.experts import merged as kernel
 from lightbulb.mixers.base import Context
 from lightbulb.mixers.channel.lory import Lory, LoryConfig
 from lightbulb.mixers.channel.mlp import MLPConfig
 from lightbulb.mixers.channel.switch import SwitchConfig
 from lightbulb.models.language import Degrees, LanguageConfig
-from lightbulb.nn import merged, merged_swiglu
+from lightbulb.nn import merged
 from lightbulb.nn.linear import Adapter, Quantizer
 from lightbulb.nn.merged import MergedLinear, merged_linear
 from lightbulb.nn.parameter import Init, initialise
@@ -83,7 +84,8 @@ def test_equality_values_and_gradients_of_a_naive_twin(
     ids: Tensor | None, first_segment: str, few_at_a_time: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if few_at_a_time:
-        monkeypatch.setattr(merged_swiglu, "_NUMBERS", 2 * 3 * DIM * HIDDEN)  # two pieces
+        monkeypatch.setattr(kernel, "_NARROWEST", 2)  # hidden features
+        monkeypatch.setattr(kernel, "CPU_NUMBERS", 1)
     module, x = lory(first_segment=first_segment), draw().requires_grad_()
     found, wanted = run(module, x, ids), naive(module, x, ids)
     assert torch.allclose(found, wanted, atol=1e-12)
@@ -99,7 +101,7 @@ def test_equality_values_and_gradients_of_a_naive_twin(
 def test_equality_merged_product_passes_gradcheck(
     counts: list[int], blocks: list[slice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merged, "_blocks", lambda weight, pieces: blocks)
+    monkeypatch.setattr(kernel, "_slices", lambda *_: blocks)
     torch.manual_seed(0)
     shapes = (10, 3), (len(counts), 2), (2, 4, 3)
     inputs = [torch.randn(*shape).double().requires_grad_() for shape in shapes]

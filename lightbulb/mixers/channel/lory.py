@@ -24,8 +24,7 @@ from lightbulb.config import Cost
 from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts, check_split
 from lightbulb.nn.activation import swiglu
 from lightbulb.nn.groups import enter_tensor_region, exit_tensor_region, share_in_tensor_region, tensor_axis
-from lightbulb.nn.merged import MergedLinear
-from lightbulb.nn.merged_swiglu import merged_swiglu
+from lightbulb.nn.merged import MergedLinear, merged_swiglu
 from lightbulb.nn.parameter import Init, Logical, make_parameter
 from lightbulb.registry import register
 from lightbulb.routing.segments import NOWHERE, Pieces, fill, find_pieces, sum_pieces

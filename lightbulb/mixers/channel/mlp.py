@@ -10,7 +10,7 @@ from torch.nn.functional import gelu
 from lightbulb.config import Cost
 from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts, check_split
 from lightbulb.nn.activation import squared_relu, swiglu
-from lightbulb.nn.grouped import GroupedLinear, grouped_swiglu
+from lightbulb.nn.grouped import GroupedLinear, grouped_swiglu, mixture_swiglu
 from lightbulb.nn.groups import enter_tensor_region, expert_axis, expert_tensor_axis, tensor_axis
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.noise import RowDropout
@@ -86,9 +86,18 @@ class SwiGLUExperts(nn.Module):
         self.gate_up = GroupedLinear(num_experts, dim, hidden_dim, init.std, tensor, expert, parts=2)
         self.down = GroupedLinear(num_experts, hidden_dim, dim, init.output_std, tensor, expert, has_split_input=True)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no modifier changes these experts."""
+        return self.gate_up.is_plain and self.down.is_plain
+
+    def mix(self, x: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
+        """``x [T, dim]`` through the ``experts [T, k]``, all local, of each token, added up with its gates."""
+        return mixture_swiglu(x, gates, experts, self.gate_up.weight, self.down.weight)
+
     def forward(self, rows: Tensor, counts: list[int], context: Context, dropout: RowDropout | None = None) -> Tensor:
         """``rows [R, dim]``; ``counts`` rows for each local expert; ``dropout`` of the hidden features."""
-        if dropout is None and self.gate_up.is_plain and self.down.is_plain:
+        if dropout is None and self.is_plain:
             return grouped_swiglu(rows, self.gate_up.weight, self.down.weight, counts)
         gate, up = self.gate_up(rows, counts).chunk(2, dim=-1)
         hidden = swiglu(gate, up)

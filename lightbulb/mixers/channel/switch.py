@@ -9,6 +9,8 @@ experts, which every token passes, are computed while rows travel.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from lightbulb.config import Cost, Registered
 from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, DecodeState, Facts, check_split
-from lightbulb.mixers.channel.mlp import MLPConfig
+from lightbulb.mixers.channel.mlp import MLPConfig, SwiGLUExperts
 from lightbulb.mixers.route import route
 from lightbulb.nn.groups import (
     enter_tensor_region,
@@ -156,13 +158,22 @@ class Switch(ChannelMixer):
         tokens = enter_tensor_region(x.flatten(0, 1), self.tensor)
         gates = enter_tensor_region(gates, self.tensor)
         experts = gather_positions(experts, self.tensor)
-        priority = gates.detach() if self.config.drop == "probability" else None
+        mix = self._dispatch(x, tokens, gates, experts, context)
+        shared = [part(x, context.at(f"shared.{i}"))[0] for i, part in enumerate(self.shared)]
+        return sum(shared, exit_tensor_region(mix(), self.tensor).view_as(x)), state
+
+    def _dispatch(
+        self, x: Tensor, tokens: Tensor, gates: Tensor, experts: Tensor, context: Context
+    ) -> Callable[[], Tensor]:
+        """Send the tokens to their experts; when the result is called, they are computed and come back."""
         limit = self._limit(len(tokens))
+        stay = self.expert.group is None and limit is None and not self.config.expert_dropout
+        if stay and isinstance(self.experts, SwiGLUExperts) and self.experts.is_plain:
+            return partial(self.experts.mix, tokens, gates, experts)
+        priority = gates.detach() if self.config.drop == "probability" else None
         receive, plan = dispatch(tokens, experts, self.config.num_experts, self.expert, limit, priority)
         dropout = self._dropout(x, context, plan)
-        shared = [part(x, context.at(f"shared.{i}"))[0] for i, part in enumerate(self.shared)]
-        mixed = combine(self.experts(receive(), plan.counts, context, *dropout), gates, plan)
-        return sum(shared, exit_tensor_region(mixed, self.tensor).view_as(x)), state
+        return lambda: combine(self.experts(receive(), plan.counts, context, *dropout), gates, plan)
 
     def _limit(self, tokens: int) -> int | None:
         factor = self.config.capacity_factor
