@@ -4,6 +4,7 @@
 """
 
 from lightbulb.kernels.choice import Kernels, choose
+from lightbulb.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from lightbulb.kernels.native import ABSENT, is_built
 
-__all__ = ["ABSENT", "Kernels", "choose", "is_built"]
+__all__ = ["ABSENT", "IGNORE", "Kernels", "choose", "is_built", "linear_cross_entropy"]
