@@ -12,12 +12,6 @@ inline float load(const uint16_t *p) { return from_bf16(*p); }
 inline void store(float *p, float v) { *p = v; }
 inline void store(uint16_t *p, float v) { *p = to_bf16(v); }
 
-// Zero where the result would be denormal, which is slow to multiply with.
-inline __attribute__((always_inline)) float exp_or_zero(float x) {
-    const float e = exp_fast(x);
-    return x < -87.0f ? 0.0f : e;
-}
-
 template <typename T>
 inline __attribute__((always_inline)) float lse_row(const T *x, int64_t width) {
     float largest = -INFINITY, sum = 0.0f;
@@ -28,13 +22,13 @@ inline __attribute__((always_inline)) float lse_row(const T *x, int64_t width) {
     }
     const float offset = largest == -INFINITY ? 0.0f : largest;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < width; ++i) sum += exp_or_zero(load(x + i) - offset);
+    for (int64_t i = 0; i < width; ++i) sum += exp_nonpositive(load(x + i) - offset);
     return offset + std::log(sum);
 }
 
 template <typename T>
 inline __attribute__((always_inline)) void gradient_row(T *x, int64_t width, float lse, float factor) {
-    for (int64_t i = 0; i < width; ++i) store(x + i, factor * exp_or_zero(load(x + i) - lse));
+    for (int64_t i = 0; i < width; ++i) store(x + i, factor * exp_nonpositive(load(x + i) - lse));
 }
 
 LB_CLONES float lse_f32(const float *x, int64_t width) { return lse_row(x, width); }
