@@ -6,7 +6,9 @@ ratio reported, because rates of a shared machine drift far more than the two di
 
 - forward and backward in bfloat16 and float32, glibc told to keep its memory (:func:`tune_allocator`) for both;
 - the same in bfloat16 with glibc's defaults;
-- full steps in bfloat16 with fused AdamW on float32 master weights, each model in a process of its own.
+- full steps in bfloat16 with fused AdamW on float32 master weights, each model in a process of its own;
+- how far the bfloat16 gradients are from float32's, with the same weights and the same experts chosen, ours over the
+  peer's (``grad_error_vs_hf``): speed is not bought with precision.
 
 The peer is taken at its best: the faster of SDPA and eager attention, no cache, no checkpointing, no router loss (ours
 does compute its balance and z-losses). A ratio above 1 means that ours is faster. The last line printed is JSON.
@@ -22,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -37,13 +39,16 @@ from lightbulb.config import build_config
 from lightbulb.models.language import LanguageConfig
 from lightbulb.nn.parameter import initialise, logical_of
 from lightbulb.parallel.host import tune_allocator
+from lightbulb.routing.router import Router, Routing
 
 VOCAB, DIM, LAYERS, HEADS, KV_HEADS, EXPERTS, TOP_K = 8192, 256, 4, 8, 4, 8, 2
 HIDDEN = 520  # brings the model to 17.8 M parameters
 LENGTH, BATCH = 512, 4
 ATTENTION = {"type": "attention", "num_heads": HEADS, "num_kv_heads": KV_HEADS}
 PROBE = 1024  # the roof: a square product of this size
+SEEDS = 3  # weights and samples that gradients are compared on
 
+Result = TypeVar("Result")
 Step = Callable[[], float]
 """Runs one step and returns its loss."""
 
@@ -89,10 +94,10 @@ def language_config() -> LanguageConfig:
     )
 
 
-def build_ours(dtype: torch.dtype) -> nn.Module:
+def build_ours(dtype: torch.dtype, seed: int = 0) -> nn.Module:
     """Our model in ``dtype``, routers in float32 as the engine keeps them."""
     model = language_config().build()
-    initialise(model, 0)
+    initialise(model, seed)
     for parameter in model.parameters():
         if not logical_of(parameter).keep_fp32:
             parameter.data = parameter.data.to(dtype)
@@ -119,15 +124,15 @@ def build_mixtral(dtype: torch.dtype, ours: nn.Module, attention: str) -> nn.Mod
         attn_implementation=attention,
     )
     model = MixtralForCausalLM(config).to(dtype)
-    missing, unexpected = model.load_state_dict(mixtral_weights(ours), strict=False)
+    weights = {name: parameter.detach() for name, parameter in ours.named_parameters()}
+    missing, unexpected = model.load_state_dict(mixtral_names(weights), strict=False)
     if missing or unexpected:
         raise RuntimeError(f"transformers {transformers.__version__} names Mixtral's weights otherwise: {missing[:3]}")
     return model.train()
 
 
-def mixtral_weights(ours: nn.Module) -> dict[str, Tensor]:
-    """Our weights under Mixtral's names (transformers 4)."""
-    weights = {name: parameter.detach() for name, parameter in ours.named_parameters()}
+def mixtral_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights, or their gradients, under Mixtral's names (transformers 4)."""
     theirs = {
         "model.embed_tokens.weight": weights["embedding.weight"],
         "model.norm.weight": weights["norm.weight"],
@@ -154,14 +159,14 @@ def mixtral_weights(ours: nn.Module) -> dict[str, Tensor]:
     return theirs
 
 
-def sample() -> Tensor:
-    """``[BATCH, LENGTH + 1]`` random tokens."""
-    return torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+def sample(batch: int = BATCH, seed: int = 0) -> Tensor:
+    """``[batch, LENGTH + 1]`` random tokens."""
+    return torch.randint(0, VOCAB, (batch, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
 
 
-def forward_backward(name: str, model: nn.Module) -> Step:
+def forward_backward(name: str, model: nn.Module, tokens: Tensor | None = None) -> Step:
     """A step of one contender without its update; the gradients are left in ``.grad``."""
-    tokens = sample()
+    tokens = sample() if tokens is None else tokens
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> float:
@@ -294,7 +299,81 @@ def compare_full_steps(attention: str, deadline: float) -> Section:
     return section
 
 
-def in_child(target: Callable[..., Section], *args: Any) -> Section:
+def gradient_errors() -> dict[str, list[float]]:
+    """Distance of both models' bfloat16 gradients from float32's, relative to its length, by seed (in a child process).
+
+    All three have the same weights, which bfloat16 holds, and the experts that the float32 model chooses.
+    """
+    errors: dict[str, list[float]] = {"ours": [], "hf": []}
+    for seed in range(SEEDS):
+        ours = build_ours(torch.bfloat16, seed)
+        for module in ours.modules():
+            if isinstance(module, Router):
+                module.weight.data = module.weight.data.bfloat16().float()
+        exact, peer = (build_mixtral(dtype, ours, "eager") for dtype in (torch.float32, torch.bfloat16))
+        tokens, choices = sample(1, seed), record_choices(exact)
+        forward_backward("hf", exact, tokens)()
+        pin_peer(peer, choices)
+        pin_ours(ours, choices)
+        forward_backward("hf", peer, tokens)()
+        forward_backward("ours", ours, tokens)()
+        found = {"ours": mixtral_names(gradients(ours)), "hf": gradients(peer)}
+        wanted = gradients(exact)
+        for name, values in errors.items():
+            values.append(distance(found[name], wanted) / distance({}, wanted))
+    return errors
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter's gradient, by name."""
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Euclidean distance of two sets of tensors; what is not found is zero."""
+    squares = ((found[n].double() - t if n in found else t.double()).square().sum() for n, t in wanted.items())
+    return float(sum(squares)) ** 0.5
+
+
+def record_choices(model: nn.Module) -> list[Tensor]:
+    """A list that the next forward of a Mixtral fills with each layer's experts, ``[tokens, TOP_K]``."""
+    choices: list[Tensor] = []
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.block_sparse_moe.gate.register_forward_hook(
+            lambda module, inputs, logits: choices.append(logits.detach().topk(TOP_K, dim=-1).indices)
+        )
+    return choices
+
+
+def pin_peer(model: nn.Module, choices: list[Tensor]) -> None:
+    """Make a Mixtral choose these experts: the others have no probability, and the gates of two sum to one anyway."""
+
+    def hook(chosen: Tensor) -> Callable[..., Tensor]:
+        return lambda module, inputs, logits: torch.full_like(logits, float("-inf")).scatter(
+            1, chosen, logits.gather(1, chosen)
+        )
+
+    for layer, chosen in zip(model.model.layers, choices, strict=True):  # type: ignore[union-attr]
+        layer.block_sparse_moe.gate.register_forward_hook(hook(chosen))
+
+
+def pin_ours(model: nn.Module, choices: list[Tensor]) -> None:
+    """Make our routers choose these experts, without the losses that Mixtral does not have.
+
+    The model holds its tokens position by position; there is one sample, so that their order is the peer's.
+    """
+
+    def pinned(router: Router, chosen: Tensor) -> Callable[..., Routing]:
+        return lambda x, noise=None: Routing(
+            torch.nn.functional.linear(x.float(), router.weight).gather(1, chosen).softmax(-1), chosen
+        )
+
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for router, chosen in zip(routers, choices, strict=True):
+        router.forward = pinned(router, chosen)  # type: ignore[method-assign]
+
+
+def in_child(target: Callable[..., Result], *args: Any) -> Result:
     """Run a section in a forked process: the imports are paid once, the allocator starts fresh."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
@@ -307,7 +386,7 @@ def in_child(target: Callable[..., Section], *args: Any) -> Section:
 
 
 def measure(deadline: float) -> dict[str, Section]:
-    """All sections, the time left divided among them."""
+    """All timed sections, the time left divided among them."""
     bf16, fp32 = torch.bfloat16, torch.float32
 
     def until(share: float) -> float:
@@ -326,8 +405,8 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")[::2]
 
 
-def summarise(sections: dict[str, Section]) -> dict[str, Any]:
-    """The JSON object: ratios, shares of the roof, and what they were measured on."""
+def summarise(sections: dict[str, Section], errors: dict[str, list[float]]) -> dict[str, Any]:
+    """The JSON object: ratios, shares of the roof, errors of the gradients, and what they were measured on."""
     keys = ("vs_hf_mixtral_bf16", "vs_hf_mixtral_fp32", "default_allocator_bf16", "full_step_bf16")
     tokens = LENGTH * BATCH
     result: dict[str, Any] = {}
@@ -345,6 +424,10 @@ def summarise(sections: dict[str, Section]) -> dict[str, Any]:
         result[f"gemm_gflops_{precision}"] = round(2e-9 * PROBE**3 / statistics.median(section.seconds["probe"]), 1)
         result[f"loss_{precision}"] = section.losses
         result[f"hf_attention_{precision}"] = section.attention
+    over_peer = [ours / peer for ours, peer in zip(errors["ours"], errors["hf"], strict=True)]
+    result["grad_error_vs_hf"] = round(statistics.median(over_peer), 3)
+    result["grad_error_vs_hf_by_seed"] = [round(value, 3) for value in over_peer]
+    result |= {f"grad_error_{name}": [round(value, 5) for value in values] for name, values in errors.items()}
     return result | environment()
 
 
@@ -427,9 +510,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the JSON object here")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    errors = in_child(gradient_errors)
     sections = measure(psutil.Process().create_time() + args.seconds)
     show(sections, Console(width=132))
-    result = summarise(sections)
+    result = summarise(sections, errors)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
