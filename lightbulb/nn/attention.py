@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from lightbulb import ops
 from lightbulb.nn.attention_mask import Visibility
 from lightbulb.nn.precision import product_dtype
 
@@ -38,10 +39,13 @@ def self_attention(
     Returns:
         ``[batch, heads, length, width]``.
     """
+    dtype = product_dtype(query)
+    is_plain = causal and mask is None and sink is None and (reach is None or reach >= query.shape[2])
+    if is_plain and dtype == torch.float32 and ops.has_fast_causal_attention(query, key, value):
+        return ops.causal_attention(query, key, value)
     is_short = query.device.type == "cpu" and min(reach or query.shape[2], query.shape[2]) <= _LONGEST
     if is_short or sink is not None:
         return _BlockAttention.apply(query, key, value, sink, mask, causal, reach)
-    dtype = product_dtype(query)
     dense = mask.dense() if isinstance(mask, Visibility) else mask
     return attend(query.to(dtype), key.to(dtype), value.to(dtype), dense, causal).to(query.dtype)
 
