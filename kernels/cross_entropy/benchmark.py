@@ -105,17 +105,17 @@ def main() -> None:
             seconds = interleaved(runs | {"products": products(hidden, weight)}, options.rounds)
             short = str(dtype).removeprefix("torch.")
             for name, run in runs.items():
-                row = {"vocabulary": vocab, "dtype": short, "who": name}
-                row["ms"] = statistics.median(seconds[name]) * 1e3
-                row["ours faster"] = ratio(seconds, name)
-                row["of products"] = 1 / ratio(seconds, name, "products")
+                faster, share = ratio(seconds, name), 1 / ratio(seconds, name, "products")
+                row = {"vocabulary": vocab, "dtype": short, "who": name, "ms": statistics.median(seconds[name]) * 1e3}
+                row |= {"ours faster": faster, "of products": share}
                 if is_gpu:
                     row["MiB"] = peak_bytes(run) / 2**20
                 table.append(row)
-                key = f"{name.replace(' ', '_')}_{short}_{vocab}"
-                result[f"vs_{key}" if name != "ours" else f"of_products_{short}_{vocab}"] = round(
-                    row["ours faster"] if name != "ours" else row["of products"], 3
-                )
+                key = f"{short}_{vocab}"
+                if name == "ours":
+                    result[f"of_products_{key}"] = round(share, 3)
+                else:
+                    result[f"vs_{name.replace(' ', '_')}_{key}"] = round(faster, 3)
     report("linear cross-entropy, forward and backward", table, result | {"skipped": missing})
 
 
