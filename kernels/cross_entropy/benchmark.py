@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +32,17 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy((hidden @ weight.t()).float(), labels)
 
 
+def _liger(loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return loss(weight, hidden, labels)
+
+
 def peers() -> tuple[dict[str, Loss], list[str]]:
     """What to compare with, and what is missing."""
     found: dict[str, Loss] = {"torch": plain}
     missing = []
     if hasattr(functional, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
-        found["torch chunked"] = lambda h, w, y: functional.linear_cross_entropy(h, w, y, options=options)
+        found["torch chunked"] = partial(functional.linear_cross_entropy, options=options)
     else:
         missing.append("torch chunked: this PyTorch has none")
     if importlib.util.find_spec("liger_kernel") is None:
@@ -48,8 +53,7 @@ def peers() -> tuple[dict[str, Loss], list[str]]:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         for name, accumulated in (("Liger", None), ("Liger float32", torch.float32)):
-            loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=accumulated)
-            found[name] = lambda h, w, y, loss=loss: loss(w, h, y)
+            found[name] = partial(_liger, LigerFusedLinearCrossEntropyLoss(accum_dtype=accumulated))
     return found, missing
 
 
