@@ -1,4 +1,4 @@
-"""The two models that ``train_moe.py`` compares, ours and Hugging Face's Mixtral, and the precision of their gradients."""
+"""The two models that ``train_moe.py`` compares, ours and Hugging Face's Mixtral, and how exact their gradients are."""
 
 from collections.abc import Callable
 

@@ -52,7 +52,10 @@ def linear_cross_entropy(
     """
     if is_reference() and combine is None:
         return reference.linear_cross_entropy(hidden, weight, labels, z_loss)
-    return _LinearCrossEntropy.apply(hidden, weight, labels.contiguous(), z_loss, first, combine, dtype or hidden.dtype)
+    learns = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(
+        hidden, weight, labels.contiguous(), z_loss, first, combine, dtype or hidden.dtype, learns
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -66,11 +69,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         first: int,
         combine: Combine | None,
         dtype: torch.dtype,
+        learns: bool,
     ) -> Tensor:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         h, w = hidden.to(dtype), weight.to(dtype)
         lse, target = (torch.empty(len(h), dtype=wide, device=h.device) for _ in range(2))
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight = (learns and needs for needs in ctx.needs_input_grad[:2])
         writes = needs_hidden or needs_weight
         grad_hidden = torch.empty_like(h) if needs_hidden else None
         grad_weight = _total(h, w) if needs_weight else None
@@ -103,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight = _weighted(ctx, grad).to(weight.dtype)
             else:
                 grad_weight = torch.mul(grad_weight, scale, out=torch.empty_like(weight))
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 6
 
 
 def _weighted(ctx: Any, grad: Tensor) -> Tensor:

@@ -185,6 +185,18 @@ def test_only_the_gradients_that_are_asked_for(needed: tuple[bool, bool]) -> Non
         assert torch.allclose(leaf.grad, exact) if need else leaf.grad is None
 
 
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_no_gradient_is_computed_where_none_can_be_asked_for(grad_mode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels = inputs(9, 4, 11, torch.float32)
+    products: list[bool] = []
+    add = rows.add_product
+    monkeypatch.setattr(rows, "add_product", lambda *factors: (products.append(True), add(*factors)))
+    with torch.set_grad_enabled(grad_mode):
+        losses = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    assert bool(products) == grad_mode == losses.requires_grad
+    assert torch.allclose(losses, reference.linear_cross_entropy(hidden, weight, labels), atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_nothing_to_predict(tokens: int) -> None:
     hidden, weight, labels = inputs(tokens, 4, 11, torch.float32)
