@@ -12,6 +12,7 @@ from lightbulb.nn.attention_mask import Visibility
 from lightbulb.nn.precision import product_dtype
 
 _ROWS = 64  # queries of one block; the keys after its last query are never touched
+_CACHED = 1 << 18  # features of a head's keys that stay in a core's cache; for more PyTorch's kernel is faster
 _LONGEST = 1024  # the blocks keep their probabilities for the backward, which grows with the square of the length
 
 
@@ -41,7 +42,8 @@ def self_attention(
     """
     dtype = product_dtype(query)
     is_plain = causal and mask is None and sink is None and (reach is None or reach >= query.shape[2])
-    if is_plain and dtype == torch.float32 and ops.has_fast_causal_attention(query, key, value):
+    is_cached = query.shape[2] * query.shape[3] <= _CACHED
+    if is_plain and is_cached and dtype == torch.float32 and ops.has_fast_causal_attention(query, key, value):
         return ops.causal_attention(query, key, value)
     is_short = query.device.type == "cpu" and min(reach or query.shape[2], query.shape[2]) <= _LONGEST
     if is_short or sink is not None:
