@@ -6,7 +6,9 @@ ratio reported, because rates of a shared machine drift far more than the two di
 
 - forward and backward in bfloat16 and float32, glibc told to keep its memory (:func:`tune_allocator`) for both;
 - the same in bfloat16 with glibc's defaults;
-- full steps in bfloat16 with fused AdamW on float32 master weights, each model in a process of its own.
+- full steps in bfloat16 with fused AdamW on float32 master weights, each model in a process of its own;
+- how far the bfloat16 gradients are from float32's, with the same weights and the same experts chosen, ours over the
+  peer's (``grad_error_vs_hf``): speed is not bought with precision.
 
 The peer is taken at its best: the faster of SDPA and eager attention, no cache, no checkpointing, no router loss (ours
 does compute its balance and z-losses). A ratio above 1 means that ours is faster. The last line printed is JSON.
@@ -22,30 +24,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 import transformers
+from mixtral import BATCH, LENGTH, Step, build_mixtral, build_ours, forward_backward, gradient_errors, language_config
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import MixtralConfig, MixtralForCausalLM
 
-from lightbulb.config import build_config
-from lightbulb.models.language import LanguageConfig
-from lightbulb.nn.parameter import initialise, logical_of
 from lightbulb.parallel.host import tune_allocator
 
-VOCAB, DIM, LAYERS, HEADS, KV_HEADS, EXPERTS, TOP_K = 8192, 256, 4, 8, 4, 8, 2
-HIDDEN = 520  # brings the model to 17.8 M parameters
-LENGTH, BATCH = 512, 4
-ATTENTION = {"type": "attention", "num_heads": HEADS, "num_kv_heads": KV_HEADS}
 PROBE = 1024  # the roof: a square product of this size
 
-Step = Callable[[], float]
-"""Runs one step and returns its loss."""
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -72,108 +66,6 @@ class Section:
         """Active model FLOPs per second as a share of the probe's rate, round by round."""
         work = language_config().cost().train_flops * LENGTH * BATCH / (2 * PROBE**3)
         return [work * p / s for s, p in zip(self.seconds[name], self.seconds["probe"], strict=True)]
-
-
-def language_config() -> LanguageConfig:
-    """Our model."""
-    channel = {"type": "switch", "num_experts": EXPERTS, "hidden_dim": HIDDEN, "router": {"top_k": TOP_K}}
-    return build_config(
-        LanguageConfig,
-        {
-            "vocab_size": VOCAB,
-            "dim": DIM,
-            "num_layers": LAYERS,
-            "context_length": LENGTH,
-            "block_pattern": [{"token": ATTENTION, "channel": channel}],
-        },
-    )
-
-
-def build_ours(dtype: torch.dtype) -> nn.Module:
-    """Our model in ``dtype``, routers in float32 as the engine keeps them."""
-    model = language_config().build()
-    initialise(model, 0)
-    for parameter in model.parameters():
-        if not logical_of(parameter).keep_fp32:
-            parameter.data = parameter.data.to(dtype)
-    return model.train()
-
-
-def build_mixtral(dtype: torch.dtype, ours: nn.Module, attention: str) -> nn.Module:
-    """The peer in ``dtype`` with our weights."""
-    config = MixtralConfig(
-        vocab_size=VOCAB,
-        hidden_size=DIM,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=LENGTH,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        rms_norm_eps=language_config().norm_eps,
-        rope_theta=10_000.0,
-        sliding_window=None,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation=attention,
-    )
-    model = MixtralForCausalLM(config).to(dtype)
-    missing, unexpected = model.load_state_dict(mixtral_weights(ours), strict=False)
-    if missing or unexpected:
-        raise RuntimeError(f"transformers {transformers.__version__} names Mixtral's weights otherwise: {missing[:3]}")
-    return model.train()
-
-
-def mixtral_weights(ours: nn.Module) -> dict[str, Tensor]:
-    """Our weights under Mixtral's names (transformers 4)."""
-    weights = {name: parameter.detach() for name, parameter in ours.named_parameters()}
-    theirs = {
-        "model.embed_tokens.weight": weights["embedding.weight"],
-        "model.norm.weight": weights["norm.weight"],
-        "lm_head.weight": weights["head"],
-    }
-    names = {
-        "token_norm.weight": "input_layernorm.weight",
-        "channel_norm.weight": "post_attention_layernorm.weight",
-        "token.query.weight": "self_attn.q_proj.weight",
-        "token.key.weight": "self_attn.k_proj.weight",
-        "token.value.weight": "self_attn.v_proj.weight",
-        "token.output.weight": "self_attn.o_proj.weight",
-        "channel.router.weight": "block_sparse_moe.gate.weight",
-    }
-    for layer in range(LAYERS):
-        block, peer = f"blocks.{layer}.", f"model.layers.{layer}."
-        theirs |= {peer + theirs_name: weights[block + name] for name, theirs_name in names.items()}
-        for expert in range(EXPERTS):
-            inside = f"{peer}block_sparse_moe.experts.{expert}."
-            theirs[inside + "w1.weight"], theirs[inside + "w3.weight"] = weights[
-                block + "channel.experts.gate_up.weight"
-            ][expert].unbind(0)
-            theirs[inside + "w2.weight"] = weights[block + "channel.experts.down.weight"][expert]
-    return theirs
-
-
-def sample() -> Tensor:
-    """``[BATCH, LENGTH + 1]`` random tokens."""
-    return torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-
-
-def forward_backward(name: str, model: nn.Module) -> Step:
-    """A step of one contender without its update; the gradients are left in ``.grad``."""
-    tokens = sample()
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step() -> float:
-        model.zero_grad(set_to_none=True)
-        if name == "ours":
-            loss = model(inputs, labels).mean()
-        else:
-            loss = model(input_ids=inputs, labels=labels, shift_labels=labels, use_cache=False).loss
-        loss.backward()
-        return float(loss.detach())
-
-    return step
 
 
 def full_step(name: str, model: nn.Module) -> Step:
@@ -294,7 +186,7 @@ def compare_full_steps(attention: str, deadline: float) -> Section:
     return section
 
 
-def in_child(target: Callable[..., Section], *args: Any) -> Section:
+def in_child(target: Callable[..., Result], *args: Any) -> Result:
     """Run a section in a forked process: the imports are paid once, the allocator starts fresh."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
@@ -307,7 +199,7 @@ def in_child(target: Callable[..., Section], *args: Any) -> Section:
 
 
 def measure(deadline: float) -> dict[str, Section]:
-    """All sections, the time left divided among them."""
+    """All timed sections, the time left divided among them."""
     bf16, fp32 = torch.bfloat16, torch.float32
 
     def until(share: float) -> float:
@@ -326,8 +218,8 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")[::2]
 
 
-def summarise(sections: dict[str, Section]) -> dict[str, Any]:
-    """The JSON object: ratios, shares of the roof, and what they were measured on."""
+def summarise(sections: dict[str, Section], errors: dict[str, list[float]]) -> dict[str, Any]:
+    """The JSON object: ratios, shares of the roof, errors of the gradients, and what they were measured on."""
     keys = ("vs_hf_mixtral_bf16", "vs_hf_mixtral_fp32", "default_allocator_bf16", "full_step_bf16")
     tokens = LENGTH * BATCH
     result: dict[str, Any] = {}
@@ -345,6 +237,10 @@ def summarise(sections: dict[str, Section]) -> dict[str, Any]:
         result[f"gemm_gflops_{precision}"] = round(2e-9 * PROBE**3 / statistics.median(section.seconds["probe"]), 1)
         result[f"loss_{precision}"] = section.losses
         result[f"hf_attention_{precision}"] = section.attention
+    over_peer = [ours / peer for ours, peer in zip(errors["ours"], errors["hf"], strict=True)]
+    result["grad_error_vs_hf"] = round(statistics.median(over_peer), 3)
+    result["grad_error_vs_hf_by_seed"] = [round(value, 3) for value in over_peer]
+    result |= {f"grad_error_{name}": [round(value, 5) for value in values] for name, values in errors.items()}
     return result | environment()
 
 
@@ -427,9 +323,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the JSON object here")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    errors = in_child(gradient_errors)
     sections = measure(psutil.Process().create_time() + args.seconds)
     show(sections, Console(width=132))
-    result = summarise(sections)
+    result = summarise(sections, errors)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))

@@ -5,7 +5,9 @@
 
 from lightbulb.kernels import describe
 from lightbulb.kernels.block_sparse_attention import Sight, Tiles, block_sparse_attention, takes_tiles
+from lightbulb.kernels.causal_attention import causal_attention, has_fast_causal_attention
 from lightbulb.kernels.choice import VARIABLE, Kernels, choose, chosen
+from lightbulb.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from lightbulb.kernels.experts import (
     Matrices,
     grouped_linear,
@@ -28,6 +30,7 @@ from lightbulb.kernels.ternary_matmul.packing import FORMATS, PackFormat, pack_c
 __all__ = [
     "ABSENT",
     "FORMATS",
+    "IGNORE",
     "VARIABLE",
     "Kernels",
     "Matrices",
@@ -37,12 +40,15 @@ __all__ = [
     "Tiles",
     "add_rms_norm",
     "block_sparse_attention",
+    "causal_attention",
     "choose",
     "chosen",
     "describe",
     "grouped_linear",
     "grouped_swiglu",
+    "has_fast_causal_attention",
     "is_built",
+    "linear_cross_entropy",
     "linear_recurrence",
     "merged_linear",
     "merged_swiglu",

@@ -44,9 +44,8 @@ static inline uint16_t to_bf16(float value) {
     return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
-// e^x within two units in the last place, in a form that compilers vectorise; 0 below -87.3, finite above 88.7.
-static inline float exp_fast(float x) {
-    x = x < -87.33f ? -87.33f : (x > 88.72f ? 88.72f : x);
+// e^x of -87.3 <= x <= 88.7 within two units in the last place, in a form that compilers vectorise.
+static inline __attribute__((always_inline)) float exp_bounded(float x) {
     const float n = __builtin_rintf(x * 1.44269504088896f);
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // n ln 2 in two parts
     float p = 1.9875691500e-4f;
@@ -60,4 +59,15 @@ static inline float exp_fast(float x) {
     float scale;
     std::memcpy(&scale, &bits, sizeof scale);
     return p * scale;
+}
+
+// e^x; 0 below -87.3, finite above 88.7.
+static inline float exp_fast(float x) {
+    return exp_bounded(x < -87.33f ? -87.33f : (x > 88.72f ? 88.72f : x));
+}
+
+// e^x of x <= 0; 0 below -87, where the result would be denormal, which is slow to compute with. NaN stays NaN.
+static inline __attribute__((always_inline)) float exp_nonpositive(float x) {
+    const float e = exp_bounded(x < -87.0f ? -87.0f : x);
+    return x < -87.0f ? 0.0f : e;
 }

@@ -67,6 +67,8 @@ class LanguageConfig(Config):
     """Tokens after a run of this token see what is before it through it only (Mu et al. 2023, arXiv:2304.08467)."""
     norm_eps: float = Field(1e-6, gt=0)
     """Epsilon of the norms."""
+    z_loss: float = Field(0.0, ge=0)
+    """Coefficient of the squared log-sum-exp of the logits, in training part of the loss (PaLM, arXiv:2204.02311)."""
     init_std: float | None = Field(None, gt=0)
     """Standard deviation of the initial weights; None for sqrt(2 / (5 dim)) (Nguyen and Salazar 2019)."""
 
@@ -313,7 +315,8 @@ class LanguageModel(nn.Module):
             return self._logits(x)
         labels = self.my_positions(labels)
         hidden = enter_tensor_region(x, self.axis).flatten(0, 1)
-        losses = linear_cross_entropy(hidden, self.head_weight(), labels.t().flatten(), self.axis)
+        z_loss = self.config.z_loss if self.training else 0.0
+        losses = linear_cross_entropy(hidden, self.head_weight(), labels.t().flatten(), self.axis, z_loss)
         return losses.view(labels.shape[1], labels.shape[0]).t()
 
     def run_blocks(

@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from lightbulb import ops
 from lightbulb.nn.attention_mask import Visibility
 from lightbulb.nn.precision import product_dtype
 
 _ROWS = 64  # queries of one block; the keys after its last query are never touched
+_CACHED = 1 << 18  # features of a head's keys that stay in a core's cache; for more PyTorch's kernel is faster
 _LONGEST = 1024  # the blocks keep their probabilities for the backward, which grows with the square of the length
 
 
@@ -38,10 +40,14 @@ def self_attention(
     Returns:
         ``[batch, heads, length, width]``.
     """
+    dtype = product_dtype(query)
+    is_plain = causal and mask is None and sink is None and (reach is None or reach >= query.shape[2])
+    is_cached = query.shape[2] * query.shape[3] <= _CACHED
+    if is_plain and is_cached and dtype == torch.float32 and ops.has_fast_causal_attention(query, key, value):
+        return ops.causal_attention(query, key, value)
     is_short = query.device.type == "cpu" and min(reach or query.shape[2], query.shape[2]) <= _LONGEST
     if is_short or sink is not None:
         return _BlockAttention.apply(query, key, value, sink, mask, causal, reach)
-    dtype = product_dtype(query)
     dense = mask.dense() if isinstance(mask, Visibility) else mask
     return attend(query.to(dtype), key.to(dtype), value.to(dtype), dense, causal).to(query.dtype)
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from lightbulb.nn.groups import SINGLE, Axis, exit_tensor_region, tensor_axis
 from lightbulb.nn.parameter import Fill, Logical, keeper_of, logical_of, make_parameter, values_of
+from lightbulb.nn.precision import linear
 
 
 class Quantizer(nn.Module, ABC):

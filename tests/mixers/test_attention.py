@@ -74,12 +74,15 @@ def test_longer_sequences_go_to_pytorch_and_agree(monkeypatch: pytest.MonkeyPatc
     assert torch.allclose(attend(*inputs, document_mask(40)), naive(*inputs, document_mask(40)), atol=1e-12)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_core_in_lower_precision_is_within_rounding(
-    amx: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    fused: bool, amx: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "has_amx", lambda: amx)
+    if not fused:
+        monkeypatch.setattr(blocks, "_CACHED", 0)
     lower = heads(150, dtype=dtype)
     exact = tuple(t.detach().double().requires_grad_() for t in lower)
     found, wanted = self_attention(*lower), naive(*exact)

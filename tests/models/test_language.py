@@ -106,6 +106,17 @@ def test_losses_are_those_of_the_logits(name: str) -> None:
     torch.testing.assert_close(model(tokens, labels), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_z_loss_is_part_of_the_loss_in_training_only() -> None:
+    plain, model = model_of("dense"), config_of("dense", z_loss=0.1).build()
+    initialise(model, 0)
+    tokens, labels = tokens_of(), tokens_of().roll(-1, 1)
+    labels[0, 3] = IGNORE
+    wanted = plain(tokens, labels)
+    assert torch.equal(model.eval()(tokens, labels), wanted)
+    added = (0.1 * plain(tokens).logsumexp(-1).square()).masked_fill(labels == IGNORE, 0.0)
+    assert torch.allclose(model.train()(tokens, labels), wanted + added, atol=1e-5)
+
+
 @every_model
 def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
     model, tokens = model_of(name).train(), tokens_of(8)
