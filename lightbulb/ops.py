@@ -5,18 +5,22 @@
 
 from lightbulb.kernels.choice import Kernels, choose
 from lightbulb.kernels.native import ABSENT, is_built
-from lightbulb.kernels.ternary_matmul import TernaryWeight, ternary_matmul
-from lightbulb.kernels.ternary_matmul.packing import FORMATS, PackFormat, pack_codes, unpack_codes
+from lightbulb.kernels.ternary_matmul import Quantisation, TernaryWeight, made_ready, ternary_linear, ternary_matmul
+from lightbulb.kernels.ternary_matmul.packing import FORMATS, PackFormat, as_rows, pack_codes, unpack_codes
 
 __all__ = [
     "ABSENT",
     "FORMATS",
     "Kernels",
     "PackFormat",
+    "Quantisation",
     "TernaryWeight",
+    "as_rows",
     "choose",
     "is_built",
+    "made_ready",
     "pack_codes",
+    "ternary_linear",
     "ternary_matmul",
     "unpack_codes",
 ]
