@@ -6,11 +6,12 @@
 from lightbulb.kernels.choice import Kernels, choose
 from lightbulb.kernels.native import ABSENT, is_built
 from lightbulb.kernels.ternary_matmul import Quantisation, TernaryWeight, made_ready, ternary_linear, ternary_matmul
-from lightbulb.kernels.ternary_matmul.packing import FORMATS, PackFormat, as_rows, pack_codes, unpack_codes
+from lightbulb.kernels.ternary_matmul.packing import FORMATS, PER_BYTE, PackFormat, as_rows, pack_codes, unpack_codes
 
 __all__ = [
     "ABSENT",
     "FORMATS",
+    "PER_BYTE",
     "Kernels",
     "PackFormat",
     "Quantisation",

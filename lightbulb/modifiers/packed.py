@@ -5,6 +5,8 @@ without rounding. Scales come after. They are stored, not computed again: the me
 smaller than the scale by the share of codes that are not 0.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +14,17 @@ from lightbulb.modifiers.bitlinear import FULL, BitQuantizer
 from lightbulb.nn.grouped import GroupedLinear
 from lightbulb.nn.groups import exit_tensor_region
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear, SplitLinear
-from lightbulb.nn.parameter import values_of
-from lightbulb.ops import PackFormat, TernaryWeight, as_rows, made_ready, pack_codes, ternary_linear, ternary_matmul
+from lightbulb.nn.parameter import logical_of, values_of
+from lightbulb.ops import (
+    PER_BYTE,
+    PackFormat,
+    TernaryWeight,
+    as_rows,
+    made_ready,
+    pack_codes,
+    ternary_linear,
+    ternary_matmul,
+)
 
 
 class PackedLinear(nn.Module):
@@ -86,6 +97,23 @@ def packed_values(layer: SplitLinear, form: PackFormat) -> tuple[Tensor, Tensor]
     codes, scale = layer.quantizer.matrix_codes(values_of(layer.weight))
     packed, scale = pack_codes(codes, form), scale[..., 0]
     return (packed.flatten(1, -2), scale.flatten(1)) if isinstance(layer, GroupedLinear) else (packed, scale)
+
+
+def packed_shapes(layer: nn.Module, form: PackFormat) -> dict[str, tuple[int, ...]]:
+    """Shapes of the codes and scale of :func:`packed_values`.
+
+    Raises:
+        AttributeError: the layer cannot be packed.
+    """
+    if not is_packable(layer):
+        raise AttributeError(f"{type(layer).__name__} is no layer that can be packed")
+    assert isinstance(layer, SplitLinear)
+    *lead, outputs, inputs = logical_of(layer.weight).local_shape()
+    size = -(-inputs // PER_BYTE[form])
+    if isinstance(layer, GroupedLinear):
+        experts, parts = lead[0], math.prod(lead[1:])
+        return {"codes": (experts, parts * outputs, size), "scale": (experts, parts)}
+    return {"codes": (*lead, outputs, size), "scale": (*lead, 1)}
 
 
 def pack(model: nn.Module, form: PackFormat = "2bit") -> list[str]:
