@@ -20,6 +20,7 @@ from lightbulb.kernels.timing import Run, interleaved, ratio, report
 
 BATCHES = (1, 4, 64)
 HOW = Quantisation(levels=127, factor=127.0, least=1e-5)
+_WIDTH = 4096
 GGML_TYPES = {"tq1_0": 34, "tq2_0": 35}
 
 
@@ -41,7 +42,7 @@ class Ggml:
         self._call("ggml_cpu_init", None)
 
     def product(self, kind: str, weight: Tensor, x: Tensor) -> tuple[Run, Tensor]:
-        """What multiplies ``weight [out, in]``, quantised as a type, with ``x [rows, in]``; its result is the tensor."""
+        """What multiplies ``weight [out, in]``, quantised as a type, with ``x [rows, in]``, and where its result is."""
         size = weight.numel() * 4 + x.numel() * 16 + (len(x) * len(weight)) * 8 + (1 << 24)
         context = self._call("ggml_init", ctypes.c_void_p, self._Params(size, None, False))
         (outputs, inputs), rows = weight.shape, len(x)
@@ -77,10 +78,12 @@ def _pointer(value: Any) -> Any:
     return ctypes.c_void_p(value) if isinstance(value, int) else value
 
 
-def read_bytes_per_second(size: int = 1 << 28) -> float:
-    """What the threads in use read, the limit of a product with one token."""
-    source = torch.ones(size // 8, dtype=torch.int64)
-    return size / min(interleaved({"read": source.max}, 7)["read"])
+def reading(size: int) -> Run:
+    """PyTorch's product of a float32 matrix of so many bytes with a vector: how fast memory is read, and caches
+    as far as weights of this size lie in them."""
+    matrix = torch.ones(size // (4 * _WIDTH), _WIDTH)
+    vector = torch.ones(_WIDTH)
+    return lambda: matrix @ vector
 
 
 def main() -> None:
@@ -102,24 +105,27 @@ def main() -> None:
     }
     peers = {"torch_bf16": codes.bfloat16().t(), "int_mm": codes.t()}
     ggml = None if options.ggml is None else Ggml(options.ggml, options.threads)
-    limit, table = read_bytes_per_second(), []
-    result: dict[str, Any] = {"level": native.LEVELS[native.best_level()], "read_limit": limit}
+    size, table = weights[FORMATS[0]].codes.nbytes, []
+    result: dict[str, Any] = {"level": native.LEVELS[native.best_level()]}
     for batch in BATCHES:
         x = torch.randn(batch, inputs, generator=generator)
         runs: dict[str, Run] = {form: _ours(x, weight) for form, weight in weights.items()}
-        runs |= _peers(x, peers) | _ggml(ggml, x, codes)
+        runs |= _peers(x, peers) | _ggml(ggml, x, codes) | {"read": reading(size)}
         seconds = interleaved(runs, options.rounds)
         for form, weight in weights.items():
             mine = statistics.median(seconds[form])
             row: dict[str, Any] = {"batch": batch, "form": form, "ms": mine * 1e3}
             row |= {"GOP/s": 2 * batch * codes.numel() / mine / 1e9, "GB/s": weight.codes.nbytes / mine / 1e9}
-            row |= {"of read limit": weight.codes.nbytes / mine / limit}
-            row |= {f"vs {peer}": ratio(seconds, peer, form) for peer in runs if peer not in weights}
-            table.append({name: row.get(name, "") for name in (*_columns(), *row)})
+            row |= {"of limit": ratio(seconds, "read", form) * weight.codes.nbytes / size}
+            row |= {f"vs {peer}": ratio(seconds, peer, form) for peer in runs if peer not in (*weights, "read")}
+            table.append({name: row.get(name, "") for name in (*_COLUMNS, *row)})
             result |= _named(form, batch, row)
     if ggml is None:
         print("ggml: skipped; --ggml PATH_OF_LIBGGML adds it")
     report(f"ternary products, {inputs} to {outputs}, inputs in float32 quantised inside", table, result)
+
+
+_COLUMNS = ("batch", "form", "ms", "GOP/s", "GB/s", "of limit", "vs torch_bf16", "vs int_mm")
 
 
 def _ours(x: Tensor, weight: TernaryWeight) -> Run:
@@ -146,16 +152,11 @@ def _ggml(ggml: Ggml | None, x: Tensor, codes: Tensor) -> dict[str, Run]:
     return runs
 
 
-def _columns() -> list[str]:
-    """Peers that not every batch has."""
-    return ["batch", "form", "ms", "GOP/s", "GB/s", "of read limit", "vs torch_bf16", "vs int_mm"]
-
-
 def _named(form: str, batch: int, row: dict[str, Any]) -> dict[str, Any]:
     """A row's figures by the names of the result; those of the 2-bit form without its name."""
     names = {f"batch{batch}_{name.replace(' ', '_')}": value for name, value in row.items() if name.startswith("vs ")}
     if batch == 1:
-        names |= {"bytes_per_second": row["GB/s"] * 1e9, "fraction_of_limit": row["of read limit"]}
+        names |= {"bytes_per_second": row["GB/s"] * 1e9, "fraction_of_limit": row["of limit"]}
     return {name if form == FORMATS[0] else f"{form}_{name}": value for name, value in names.items()}
 
 

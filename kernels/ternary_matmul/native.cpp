@@ -23,7 +23,9 @@ constexpr int64_t kTileGroups = 32;                   // unpacked at once: 20 KB
 constexpr int64_t kFlush = 1024;                      // groups whose sums fit in int32, times 256
 constexpr int64_t kPanel = 128;                       // tokens for which a tile is unpacked once
 
-using SumsOf = void (*)(const uint8_t *, int64_t, int64_t, const int32_t *, int64_t, int32_t *);
+constexpr int64_t kTokens = 8;                        // multiplied at once
+
+using SumsOf = void (*)(const uint8_t *, int64_t, int64_t, const int32_t *, int64_t, int64_t, int32_t *);
 
 namespace plain {
 struct Bytes { uint8_t at[64]; };
@@ -128,7 +130,7 @@ inline Sums minus(Sums a, Sums b) { return _mm512_sub_epi32(a, b); }
 inline Sums shifted(Sums a, int n) { return _mm512_srai_epi32(a, n); }
 // As assembly: with the intrinsic GCC 12 copies each sum to another register and back in every round of a loop.
 inline Sums dot(Sums a, Bytes b, int32_t x) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(a) : "v"(b), "v"(_mm512_set1_epi32(x)));
+    asm("vpdpbusd %2, %1, %0" : "+&v"(a) : "v"(b), "v"(_mm512_set1_epi32(x)));
     return a;
 }
 #include "product.h"
@@ -310,7 +312,7 @@ LB_EXPORT void ternary_matmul(
             const int64_t output = first * kOutputs;
             const int64_t width = out_features - output < kTileOutputs ? out_features - output : kTileOutputs;
             sums_of(weights + (part.expert * blocks + first) * groups * kGroup, count, groups,
-                    arranged.data() + part.begin * words, part.end - part.begin, sums);
+                    arranged.data() + part.begin * words, words, part.end - part.begin, sums);
             for (int64_t o = 0; o < width; ++o) own_scale[o] = scale[part.expert * parts + (output + o) / each];
             for (int64_t r = part.begin; r < part.end; ++r) {
                 const int32_t *row = sums + (r - part.begin) * kTileOutputs;

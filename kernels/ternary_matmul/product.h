@@ -72,28 +72,35 @@ static void stream(const uint8_t *block, int64_t groups, const int32_t *x, int64
     }
 }
 
-// out[n][outputs] += tile x inputs of N tokens; tile: [words][kBlocks][64] digits.
+// out[n][outputs] += tile x inputs of N tokens, each `stride` words behind the one before; tile: [words][kBlocks][64] digits.
 template <int N>
 static void multiply(const uint8_t *tile, int64_t words, const int32_t *x, int64_t stride, int32_t *out) {
     Sums sums[N][kBlocks];
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n)
         for (int m = 0; m < kBlocks; ++m) sums[n][m] = load(out + n * kTileOutputs + m * kOutputs);
     for (int64_t w = 0; w < words; ++w) {
         Bytes digit[kBlocks];
         for (int m = 0; m < kBlocks; ++m) digit[m] = load(tile + (w * kBlocks + m) * kGroup);
-        for (int n = 0; n < N; ++n)
+    #pragma GCC unroll 8
+    for (int n = 0; n < N; ++n)
             for (int m = 0; m < kBlocks; ++m) sums[n][m] = dot(sums[n][m], digit[m], x[n * stride + w]);
     }
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n)
         for (int m = 0; m < kBlocks; ++m) store(out + n * kTileOutputs + m * kOutputs, sums[n][m]);
 }
 
+using Multiply = void (*)(const uint8_t *, int64_t, const int32_t *, int64_t, int32_t *);
+static const Multiply of_tokens[kTokens] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>,
+                                            multiply<5>, multiply<6>, multiply<7>, multiply<8>};
+
 // out[tokens][kTileOutputs] = sums of up to kBlocks blocks with any number of tokens, digits unpacked tile by tile.
 template <int D>
 static void multiply_all(
-    const uint8_t *blocks, int64_t count, int64_t groups, const int32_t *x, int64_t tokens, int32_t *out) {
+    const uint8_t *blocks, int64_t count, int64_t groups, const int32_t *x, int64_t stride, int64_t tokens,
+    int32_t *out) {
     alignas(64) uint8_t tile[kTileGroups * D * kBlocks * kGroup];
-    const int64_t stride = groups * D;
     std::memset(out, 0, tokens * kTileOutputs * sizeof(int32_t));
     for (int64_t begin = 0; begin < groups; begin += kTileGroups) {
         const int64_t size = begin + kTileGroups < groups ? kTileGroups : groups - begin;
@@ -109,24 +116,28 @@ static void multiply_all(
         if (begin == 0 && count < kBlocks)  // the tile's other blocks are multiplied too, and not used
             for (int64_t w = 0; w < kTileGroups * D; ++w) store(tile + (w * kBlocks + 1) * kGroup, all(0));
         const int32_t *inputs = x + begin * D;
-        int64_t n = 0;
-        for (; n + 8 <= tokens; n += 8) multiply<8>(tile, size * D, inputs + n * stride, stride, out + n * kTileOutputs);
-        if (tokens & 4) multiply<4>(tile, size * D, inputs + n * stride, stride, out + n * kTileOutputs), n += 4;
-        if (tokens & 2) multiply<2>(tile, size * D, inputs + n * stride, stride, out + n * kTileOutputs), n += 2;
-        if (tokens & 1) multiply<1>(tile, size * D, inputs + n * stride, stride, out + n * kTileOutputs);
+        // Shares of about one size: a last token alone would wait for each of its sums.
+        const int64_t shares = (tokens + kTokens - 1) / kTokens;
+        for (int64_t share = 0; share < shares; ++share) {
+            const int64_t n = tokens * share / shares, next = tokens * (share + 1) / shares;
+            of_tokens[next - n - 1](tile, size * D, inputs + n * stride, stride, out + n * kTileOutputs);
+        }
     }
 }
 
 // The same, choosing between the two by the number of tokens.
 template <int D>
 static void sums_of(
-    const uint8_t *blocks, int64_t count, int64_t groups, const int32_t *x, int64_t tokens, int32_t *out) {
-    if (tokens > 2) return multiply_all<D>(blocks, count, groups, x, tokens, out);
-    for (int64_t m = 0; m < count; ++m) {
-        const uint8_t *block = blocks + m * groups * kGroup;
-        if (tokens == 1)
-            stream<D, 1>(block, groups, x, groups * D, out + m * kOutputs);
-        else
-            stream<D, 2>(block, groups, x, groups * D, out + m * kOutputs);
+    const uint8_t *blocks, int64_t count, int64_t groups, const int32_t *x, int64_t stride, int64_t tokens,
+    int32_t *out) {
+    // As many tokens as have their sums in registers.
+    if (tokens > (D == 4 ? 4 : 2)) return multiply_all<D>(blocks, count, groups, x, stride, tokens, out);
+    for (int64_t m = 0; m < count; ++m, blocks += groups * kGroup, out += kOutputs) {
+        if (tokens == 1) stream<D, 1>(blocks, groups, x, stride, out);
+        if (tokens == 2) stream<D, 2>(blocks, groups, x, stride, out);
+        if constexpr (D == 4) {
+            if (tokens == 3) stream<D, 3>(blocks, groups, x, stride, out);
+            if (tokens == 4) stream<D, 4>(blocks, groups, x, stride, out);
+        }
     }
 }
