@@ -15,6 +15,7 @@ from lightbulb.nn.grouped import GroupedLinear
 from lightbulb.nn.groups import exit_tensor_region
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear, SplitLinear
 from lightbulb.nn.parameter import logical_of, values_of
+from lightbulb.nn.splines import SplineLinear, bases_of
 from lightbulb.ops import (
     PER_BYTE,
     PackFormat,
@@ -90,6 +91,25 @@ class PackedLinear(nn.Module):
         return product if self.adapter is None else product + self.adapter(x, counts)
 
 
+class PackedSpline(PackedLinear):
+    """The same of a :class:`~lightbulb.nn.splines.SplineLinear`, which multiplies the bases of its inputs."""
+
+    def __init__(self, layer: SplineLinear, form: PackFormat, codes: Tensor | None = None, scale: Tensor | None = None):
+        super().__init__(layer, form, codes, scale)
+        self.basis = layer.basis
+
+    def multiply(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
+        return super().multiply(bases_of(x, self.basis), counts)
+
+
+def packed(layer: nn.Module, form: PackFormat, *values: Tensor) -> PackedLinear:
+    """A layer that :func:`is_packable`, packed; ``values`` are its codes and scale where they are known."""
+    if isinstance(layer, SplineLinear):
+        return PackedSpline(layer, form, *values)
+    assert isinstance(layer, SplitLinear)
+    return PackedLinear(layer, form, *values)
+
+
 def packed_values(layer: SplitLinear, form: PackFormat) -> tuple[Tensor, Tensor]:
     """Packed codes ``[..., out, bytes]`` and scales ``[..., parts]`` of a layer's weight, an expert's matrices side by
     side."""
@@ -121,13 +141,13 @@ def pack(model: nn.Module, form: PackFormat = "2bit") -> list[str]:
 
     Left as they are: layers whose weights have any value, and kinds of layers that multiply in a way of their own.
     """
-    packed = []
+    names = []
     for name, layer in list(model.named_modules()):
         if is_packable(layer):
-            put(model, name, PackedLinear(layer, form))
-            packed.append(name)
+            put(model, name, packed(layer, form))
+            names.append(name)
     make_ready(model)
-    return packed
+    return names
 
 
 def put(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -144,9 +164,9 @@ def make_ready(model: nn.Module) -> None:
 
 
 def is_packable(layer: nn.Module) -> bool:
-    """Whether a layer is a plain product with quantised weights."""
+    """Whether a layer is a plain product with quantised weights, of its inputs or their bases."""
     return (
-        isinstance(layer, ColumnParallelLinear | RowParallelLinear | GroupedLinear)
+        isinstance(layer, ColumnParallelLinear | RowParallelLinear | GroupedLinear | SplineLinear)
         and isinstance(layer.quantizer, BitQuantizer)
         and layer.quantizer.config.weights != "full"
     )

@@ -30,7 +30,7 @@ from lightbulb.config import describe, load_config
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.folder import FolderError, explained, sync_folder, write_atomically
 from lightbulb.models.language import LanguageModel
-from lightbulb.modifiers.packed import PackedLinear, is_packable, make_ready, pack, packed_shapes, put
+from lightbulb.modifiers.packed import PackedLinear, is_packable, make_ready, pack, packed, packed_shapes, put
 from lightbulb.nn.parameter import keeper_of, logical_of, set_values, stored_values
 from lightbulb.ops import PackFormat
 from lightbulb.parallel.host import pick_device
@@ -159,7 +159,7 @@ def _build(folder: Path, packing: PackFormat, layers: list[str]) -> tuple[Langua
                 layer = model.get_submodule(name)
                 shapes = packed_shapes(layer, packing)
                 values = [_read(path, tensors, f"{name}.{key}", shape) for key, shape in shapes.items()]
-                put(model, name, PackedLinear(layer, packing, *values))
+                put(model, name, packed(layer, packing, *values))
             _fill(model, path, tensors)
     except (SafetensorError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged, or of another version ({error}); {AGAIN}") from None
@@ -170,9 +170,9 @@ def _build(folder: Path, packing: PackFormat, layers: list[str]) -> tuple[Langua
 
 def _fill(model: nn.Module, path: Path, tensors: Any) -> None:
     """Read what is not packed."""
-    packed = {id(p) for layer in model.modules() if isinstance(layer, PackedLinear) for p in (layer.codes, layer.scale)}
+    done = {id(p) for layer in model.modules() if isinstance(layer, PackedLinear) for p in (layer.codes, layer.scale)}
     for name, parameter in model.named_parameters():
-        if id(parameter) in packed:
+        if id(parameter) in done:
             continue
         values = _read(path, tensors, name, logical_of(parameter).local_shape())
         if keeper_of(parameter) is None:

@@ -170,6 +170,17 @@ def test_equality_packed_is_quantised(form: Any, kind: str, options: dict[str, A
     torch.testing.assert_close(model(tokens()), before, rtol=1e-5, atol=1e-6)  # logits are float32
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_equality_packed_splines(form: Any) -> None:
+    """Experts of splines multiply the bases of their inputs, whose codes have a fixed scale."""
+    kan = {"type": "switch", "num_experts": 4, "expert": {"type": "kan", "hidden_dim": 12}}
+    model = build({"type": "bitlinear"}, block_pattern=[{"token": ATTENTION, "channel": kan}]).eval()
+    before = model(tokens())
+    names = pack(model, form)
+    assert sum(name.endswith("spline") for name in names) == 4
+    torch.testing.assert_close(model(tokens()), before, rtol=1e-5, atol=1e-6)
+
+
 def test_equality_packed_products_are_exact() -> None:
     """Of whole numbers: the sum of int8 x ternary products in int64, scaled."""
     module = layer(64, 300, norm=False).float()  # a norm's sum has as many roundings as orders
