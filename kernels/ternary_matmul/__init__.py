@@ -41,9 +41,8 @@ def ternary_matmul(
     if is_reference():
         return reference.ternary_matmul(codes, token_scale, as_rows(weight), counts)
     if codes.dtype == torch.int8 and _takes_native(codes, weight):
-        if not isinstance(token_scale, Tensor):
-            token_scale = weight.scale.new_full((1, 1), token_scale)
-        return native.product(_columns(codes), token_scale.float(), weight, counts, torch.float32)
+        scale = token_scale if isinstance(token_scale, Tensor) else weight.scale.new_full((1, 1), token_scale)
+        return native.product(_columns(codes), scale.float(), weight, counts, torch.float32)
     return _by_parts(codes, token_scale, as_rows(weight), counts)
 
 
@@ -53,10 +52,12 @@ def ternary_linear(x: Tensor, how: Quantisation, weight: TernaryWeight, counts: 
     A token with an input that is not finite gives a row that is not a number.
     """
     if is_reference():
-        return reference.ternary_matmul(*token_codes(x, how), as_rows(weight), counts).to(x.dtype)
+        codes, token_scale = token_codes(x, how)
+        return reference.ternary_matmul(codes, token_scale, as_rows(weight), counts).to(x.dtype)
     if x.dtype in native.DTYPES and _takes_native(x, weight):
         return native.product(_columns(x), how, weight, counts, x.dtype)
-    return _by_parts(*token_codes(x, how), as_rows(weight), counts).to(x.dtype)
+    codes, token_scale = token_codes(x, how)
+    return _by_parts(codes, token_scale, as_rows(weight), counts).to(x.dtype)
 
 
 def _takes_native(x: Tensor, weight: TernaryWeight) -> bool:
