@@ -38,7 +38,7 @@ setup(
         Extension(
             "lightbulb.kernels._native",
             sorted(glob("kernels/*/native.cpp")),
-            depends=glob("kernels/native/*.h"),
+            depends=glob("kernels/*/*.h"),
             include_dirs=["kernels/native"],
             language="c++",
             optional=True,

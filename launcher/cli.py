@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("lightbulb.launcher.pretrain", "train a model on shards; resumes where it stopped"),
     "verify": ("lightbulb.launcher.verify", "check a run's checkpoints, sample ledger and data"),
     "prove": ("lightbulb.launcher.prove", "compare every parallel layout with one process"),
+    "pack": ("lightbulb.launcher.pack", "write a ternary model with packed weights, for generate"),
     "generate": ("lightbulb.launcher.generate", "continue a prompt with a trained model"),
     "report": ("lightbulb.launcher.report", "draw a run's curves and write report.html"),
     "parts": ("lightbulb.launcher.parts", "list the mixers, experts and modifiers a model can be made of"),

@@ -1,7 +1,7 @@
 """Continue a prompt with a trained model: `lightbulb generate RUN --prompt "def main("`.
 
-Reads the newest checkpoint of a run folder that `lightbulb pretrain` wrote. Text is printed as it comes; with beams,
-when the search has ended, the best first.
+Reads the newest checkpoint of a run folder that `lightbulb pretrain` wrote, or what `lightbulb pack` made of it. Text
+is printed as it comes; with beams, when the search has ended, the best first.
 """
 
 import argparse
@@ -15,10 +15,12 @@ import torch
 from lightbulb.config import ConfigError, build_config
 from lightbulb.data.tokenizer import Tokenizer, TokenizerError
 from lightbulb.inference.generate import Decoder, GenerationError, SamplingConfig, TextStream, beam_search, generate
+from lightbulb.models.language import LanguageModel
 from lightbulb.modifiers.packed import pack
-from lightbulb.ops import FORMATS
+from lightbulb.ops import FORMATS, PackFormat
 from lightbulb.train.checkpoint import CheckpointError, load_model_for_inference
 from lightbulb.train.kernels import use_kernels
+from lightbulb.train.packed_folder import is_packed, read_packed
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,10 +32,7 @@ def main(argv: Sequence[str]) -> int:
         settings = {name: getattr(options, name) for name in SamplingConfig.model_fields if name in options}
         sampling = build_config(SamplingConfig, settings, "options")
         check_samples(options.num_samples, sampling)
-        model, tokenizer, config = load_model_for_inference(options.run)
-        use_kernels(config.train.kernels)
-        if options.packed is not None and not pack(model, options.packed):
-            raise ConfigError("options: packed: the model has no bitlinear layers; leave it out")
+        model, tokenizer = load(options.run, options.packed)
         prompt_ids = tokenizer.encode_batch([options.prompt])[0] or [tokenizer.eos_id]
         for number, pieces in enumerate(texts(model, tokenizer, prompt_ids, sampling, options.num_samples), 1):
             if options.num_samples > 1:
@@ -48,10 +47,25 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def load(folder: Path, form: PackFormat | None) -> tuple[LanguageModel, Tokenizer]:
+    """Model and tokenizer of a run, packed if a form is given, or of a packed folder."""
+    if is_packed(folder):
+        if form is not None:
+            raise ConfigError("options: packed: the folder holds a packed model; leave it out")
+        model, tokenizer, config = read_packed(folder)
+        use_kernels(config.train.kernels)
+        return model, tokenizer
+    model, tokenizer, config = load_model_for_inference(folder)
+    use_kernels(config.train.kernels)
+    if form is not None and not pack(model, form):
+        raise ConfigError("options: packed: the model has no bitlinear layers; leave it out")
+    return model, tokenizer
+
+
 def parser() -> argparse.ArgumentParser:
     """Options, whose defaults and limits are those of :class:`SamplingConfig`."""
     result = argparse.ArgumentParser(prog="lightbulb generate", description=__doc__.partition(":")[0] + ".")
-    result.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    result.add_argument("run", metavar="RUN", type=Path, help="folder of the run, or of its packed model")
     result.add_argument("--prompt", default="", help="text to continue; empty starts a new document")
     result.add_argument("--num-samples", type=int, default=1, help="how many texts; with beams, the best so many")
     about = "keep the weights of bitlinear layers packed, 4 (2bit) or 5 (base3) to a byte"

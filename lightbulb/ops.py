@@ -24,21 +24,24 @@ from lightbulb.kernels.rms_norm import add_rms_norm, rms_norm
 from lightbulb.kernels.rope import rotate
 from lightbulb.kernels.softmax import softmax, softmax_, softmax_grad_
 from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
-from lightbulb.kernels.ternary_matmul import TernaryWeight, ternary_matmul
-from lightbulb.kernels.ternary_matmul.packing import FORMATS, PackFormat, pack_codes, unpack_codes
+from lightbulb.kernels.ternary_matmul import Quantisation, TernaryWeight, made_ready, ternary_linear, ternary_matmul
+from lightbulb.kernels.ternary_matmul.packing import FORMATS, PER_BYTE, PackFormat, as_rows, pack_codes, unpack_codes
 
 __all__ = [
     "ABSENT",
     "FORMATS",
     "IGNORE",
+    "PER_BYTE",
     "VARIABLE",
     "Kernels",
     "Matrices",
     "PackFormat",
+    "Quantisation",
     "Sight",
     "TernaryWeight",
     "Tiles",
     "add_rms_norm",
+    "as_rows",
     "block_sparse_attention",
     "causal_attention",
     "choose",
@@ -50,6 +53,7 @@ __all__ = [
     "is_built",
     "linear_cross_entropy",
     "linear_recurrence",
+    "made_ready",
     "merged_linear",
     "merged_swiglu",
     "mixture_swiglu",
@@ -65,6 +69,7 @@ __all__ = [
     "swiglu_",
     "swiglu_grad_",
     "takes_tiles",
+    "ternary_linear",
     "ternary_matmul",
     "unpack_codes",
     "weighted_sum",

@@ -7,13 +7,21 @@ import torch
 from torch import Tensor
 
 from lightbulb.kernels.choice import is_reference
-from lightbulb.kernels.ternary_matmul import reference
-from lightbulb.kernels.ternary_matmul.packing import TernaryWeight
+from lightbulb.kernels.native import takes_native
+from lightbulb.kernels.ternary_matmul import native, reference
+from lightbulb.kernels.ternary_matmul.packing import TernaryWeight, as_rows, interleave, result_dtype
+from lightbulb.kernels.ternary_matmul.quantise import Quantisation, token_codes
 
-__all__ = ["TernaryWeight", "ternary_matmul"]
+__all__ = ["Quantisation", "TernaryWeight", "made_ready", "ternary_linear", "ternary_matmul"]
 
 _UNPACKED = 1 << 20  # codes that are unpacked at a time
 _EXACT = 1 << 24  # whole numbers up to this are exact in float32
+
+
+def made_ready(weight: TernaryWeight) -> TernaryWeight:
+    """The weight in the form that multiplies fastest where it is; to be done once, not per product."""
+    takes = takes_native(weight.codes) and weight.scale.dtype == torch.float32 and not weight.interleaved
+    return interleave(weight) if takes else weight
 
 
 def ternary_matmul(
@@ -23,17 +31,37 @@ def ternary_matmul(
 
     Args:
         codes: ``[rows, in]`` int8, -127 to 127; or any values in float32 or float64 (what is not quantised).
-        token_scale: ``[rows, 1]``, or one number for all.
-        weight: one matrix, or with ``counts`` one per expert.
+        token_scale: ``[rows, 1]``, or one for all.
+        weight: one matrix, or with ``counts`` one per expert; on the CPU best :func:`made_ready`.
         counts: rows of each expert, sorted by expert; zeros are fine, the sum is the number of rows.
 
     Returns:
-        ``[rows, out]`` in the dtype of the weight's scale: float32 or float64. The sum of an int8 row is exact up to
-        2^23 inputs.
+        ``[rows, out]`` in float32, or float64 if the weight's scale is. Sums of int8 rows are exact up to 2^23 inputs.
     """
     if is_reference():
-        return reference.ternary_matmul(codes, token_scale, weight, counts)
-    return _by_parts(codes, token_scale, weight, counts)
+        return reference.ternary_matmul(codes, token_scale, as_rows(weight), counts)
+    if codes.dtype == torch.int8 and _takes_native(codes, weight):
+        scale = token_scale if isinstance(token_scale, Tensor) else weight.scale.new_full((1, 1), token_scale)
+        return native.product(_columns(codes), scale.float(), weight, counts, torch.float32)
+    return _by_parts(codes, token_scale, as_rows(weight), counts)
+
+
+def ternary_linear(x: Tensor, how: Quantisation, weight: TernaryWeight, counts: list[int] | None = None) -> Tensor:
+    """:func:`ternary_matmul` of inputs that are quantised first, ``x [rows, in]`` to ``[rows, out]`` in x's dtype.
+
+    A token with an input that is not finite gives a row that is not a number.
+    """
+    if is_reference():
+        codes, token_scale = token_codes(x, how)
+        return reference.ternary_matmul(codes, token_scale, as_rows(weight), counts).to(x.dtype)
+    if x.dtype in native.DTYPES and _takes_native(x, weight):
+        return native.product(_columns(x), how, weight, counts, x.dtype)
+    codes, token_scale = token_codes(x, how)
+    return _by_parts(codes, token_scale, as_rows(weight), counts).to(x.dtype)
+
+
+def _takes_native(x: Tensor, weight: TernaryWeight) -> bool:
+    return bool(weight.interleaved) and weight.scale.dtype == torch.float32 and takes_native(x)
 
 
 def _by_parts(codes: Tensor, token_scale: Tensor | float, weight: TernaryWeight, counts: list[int] | None) -> Tensor:
@@ -45,4 +73,9 @@ def _by_parts(codes: Tensor, token_scale: Tensor | float, weight: TernaryWeight,
         step = max(1, _UNPACKED // weight.in_features)
         parts = [own @ matrix.unpacked(begin, begin + step, rows.dtype).t() for begin in range(0, matrix.out, step)]
         products.append(torch.cat(parts, -1).mul_(matrix.scales()))
-    return torch.cat(products).mul_(token_scale).to(weight.scale.dtype)
+    return torch.cat(products).mul_(token_scale).to(result_dtype(weight))
+
+
+def _columns(x: Tensor) -> Tensor:
+    """``x [rows, in]`` with columns side by side."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

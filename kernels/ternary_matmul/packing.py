@@ -18,6 +18,7 @@ FORMATS: tuple[PackFormat, ...] = get_args(PackFormat)
 
 BASE: dict[PackFormat, int] = {"2bit": 4, "base3": 3}
 PER_BYTE: dict[PackFormat, int] = {"2bit": 4, "base3": 5}
+_LANES = 16  # outputs of a block
 
 
 class TernaryWeight(NamedTuple):
@@ -29,21 +30,23 @@ class TernaryWeight(NamedTuple):
             hold several that share their input, as gate and up).
         in_features: codes of a row.
         form: how they are packed.
+        interleaved: outputs of a matrix whose codes :func:`interleave` has rearranged; 0 where they are rows.
     """
 
     codes: Tensor
     scale: Tensor
     in_features: int
     form: PackFormat
+    interleaved: int = 0
 
     @property
     def out(self) -> int:
         """Outputs of a matrix."""
-        return self.codes.shape[-2]
+        return self.interleaved or self.codes.shape[-2]
 
     def matrices(self) -> list["TernaryWeight"]:
         """Those of the experts, or this one."""
-        if self.codes.dim() == 2:
+        if self.scale.dim() == 1:
             return [self]
         return [self._replace(codes=codes, scale=scale) for codes, scale in zip(self.codes, self.scale, strict=True)]
 
@@ -52,8 +55,13 @@ class TernaryWeight(NamedTuple):
         return self.scale.repeat_interleave(self.out // len(self.scale))
 
     def unpacked(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Codes of the outputs from ``begin`` to ``end`` of one matrix, ``[end - begin, in]``."""
+        """Codes of the outputs from ``begin`` to ``end`` of one matrix of rows, ``[end - begin, in]``."""
         return unpack_codes(self.codes[begin:end], self.in_features, self.form, dtype)
+
+
+def result_dtype(weight: TernaryWeight) -> torch.dtype:
+    """Of products: float64 if the scale is, else float32."""
+    return torch.promote_types(weight.scale.dtype, torch.float32)
 
 
 def pack_codes(codes: Tensor, form: PackFormat) -> Tensor:
@@ -75,3 +83,30 @@ def _table(form: PackFormat) -> Tensor:
     """The codes of each byte, ``[256, codes per byte]``; bytes that no codes give are not used."""
     places = BASE[form] ** torch.arange(PER_BYTE[form])
     return (torch.arange(256)[:, None] // places % BASE[form] - 1).to(torch.int8)
+
+
+def interleave(weight: TernaryWeight) -> TernaryWeight:
+    """The form that the C++ products read, ``codes [..., blocks, groups, 16, 4]``: 16 outputs to a block, four bytes of
+    each in turn, so that a vector of 64 bytes holds what is added up for 16 outputs. Filled up with zeros.
+
+    A base-3 byte v becomes ``ceil(256 v / 243)``: then ``floor(3 b / 256)`` is its highest digit and ``3 b mod 256``
+    what remains.
+    """
+    codes = weight.codes
+    outputs, size = codes.shape[-2:]
+    codes = pad(codes, (0, -size % 4, 0, -outputs % _LANES))
+    if weight.form == "base3":
+        codes = ((codes.int() * 256 + 242) // 243).to(torch.uint8)
+    codes = codes.unflatten(-1, (-1, 4)).unflatten(-3, (-1, _LANES)).transpose(-2, -3).contiguous()
+    return weight._replace(codes=codes, interleaved=outputs)
+
+
+def as_rows(weight: TernaryWeight) -> TernaryWeight:
+    """What :func:`interleave` was given."""
+    if not weight.interleaved:
+        return weight
+    codes = weight.codes.transpose(-2, -3).flatten(-2).flatten(-3, -2)
+    codes = codes[..., : weight.interleaved, : -(-weight.in_features // PER_BYTE[weight.form])]
+    if weight.form == "base3":
+        codes = (codes.int() * 243 // 256).to(torch.uint8)
+    return weight._replace(codes=codes.contiguous(), interleaved=0)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightbulb.kernels.ternary_matmul.packing import TernaryWeight
+from lightbulb.kernels.ternary_matmul.packing import TernaryWeight, result_dtype
 
 
 def ternary_matmul(
@@ -15,4 +15,4 @@ def ternary_matmul(
         own @ matrix.unpacked(0, matrix.out, torch.float64).t() * matrix.scales()
         for own, matrix in zip(rows, weight.matrices(), strict=True)
     ]
-    return (torch.cat(parts) * token_scale).to(weight.scale.dtype)
+    return (torch.cat(parts) * token_scale).to(result_dtype(weight))

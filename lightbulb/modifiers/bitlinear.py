@@ -24,12 +24,14 @@ from lightbulb.nn.groups import SINGLE
 from lightbulb.nn.linear import Quantizer, SplitLinear
 from lightbulb.nn.lowbit import (
     bounded_codes,
+    quantisation,
     quantise_bounded,
     quantise_tokens,
     quantise_weight,
     token_codes,
     weight_codes,
 )
+from lightbulb.ops import Quantisation
 from lightbulb.registry import register
 
 FULL = 16
@@ -115,6 +117,14 @@ class BitQuantizer(Quantizer):
         if self.is_bounded:
             return bounded_codes(x, self.config.act_bits)
         return token_codes(x, self.config.act_bits, self.input_axis, self.norm_eps)[:2]
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """What :meth:`input_codes` does, where it needs this rank's part of a token only; else None."""
+        bits = self.config.act_bits
+        if bits == FULL or (self.input_axis.size > 1 and not self.is_bounded):
+            return None
+        return quantisation(bits, self.norm_eps, self.is_bounded)
 
     def matrix_codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales ``[..., 1, 1]``, whose product is :meth:`matrix`."""

@@ -1,50 +1,76 @@
 """BitLinear layers for inference: ternary or binary codes packed in bytes instead of weights.
 
-The product is exact: codes of inputs and weights are whole numbers, and sums of their products stay below 2^24 in
-float32 up to 132,000 inputs (in float64 beyond). Scales come after. They are stored, not computed again: the mean
-magnitude of quantised weights is smaller than the scale by the share of codes that are not 0.
+The product is exact: codes of inputs and weights are whole numbers, which :func:`~lightbulb.ops.ternary_matmul` adds up
+without rounding. Scales come after. They are stored, not computed again: the mean magnitude of quantised weights is
+smaller than the scale by the share of codes that are not 0.
 """
 
-from torch import Tensor, cat, float32, float64, nn
-from torch.nn.functional import linear
+import math
 
-from lightbulb.modifiers.bitlinear import BitQuantizer
+import torch
+from torch import Tensor, nn
+
+from lightbulb.modifiers.bitlinear import FULL, BitQuantizer
 from lightbulb.nn.grouped import GroupedLinear
 from lightbulb.nn.groups import exit_tensor_region
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear, SplitLinear
-from lightbulb.nn.parameter import values_of
-from lightbulb.ops import PackFormat, pack_codes, unpack_codes
-
-UNPACKED = 1 << 20
-"""Codes that are unpacked at a time."""
+from lightbulb.nn.parameter import logical_of, values_of
+from lightbulb.nn.splines import SplineLinear, bases_of
+from lightbulb.ops import (
+    PER_BYTE,
+    PackFormat,
+    TernaryWeight,
+    as_rows,
+    made_ready,
+    pack_codes,
+    ternary_linear,
+    ternary_matmul,
+)
 
 
 class PackedLinear(nn.Module):
     """Does what a :class:`~lightbulb.nn.linear.SplitLinear` with a :class:`BitQuantizer` does, without gradients.
 
     Attributes:
-        codes: ``[..., out, bytes]`` uint8.
-        scale: ``[..., 1]`` of each matrix, float32 (float64 of a model in that).
+        codes: ``[..., out, bytes]`` uint8, or the form that :meth:`make_ready` chose.
+        scale: ``[..., parts]`` of each matrix, float32 (float64 of a model in that).
 
     (Parameters, so that a bank of experts hands each expert its own.)
 
     Args:
         layer: what it replaces.
         form: how codes are packed.
+        codes: ``[..., out, bytes]`` of the layer's weight, where they are known.
+        scale: ``[..., parts]`` likewise.
     """
 
     is_plain = False
 
-    def __init__(self, layer: SplitLinear, form: PackFormat):
+    def __init__(self, layer: SplitLinear, form: PackFormat, codes: Tensor | None = None, scale: Tensor | None = None):
         super().__init__()
         assert isinstance(layer.quantizer, BitQuantizer)
         self.quantizer, self.adapter, self.axis = layer.quantizer, layer.adapter, layer.axis
         self.form, self.leaves_region = form, isinstance(layer, RowParallelLinear)
-        weight = values_of(layer.weight)
-        codes, scale = self.quantizer.matrix_codes(weight)
-        self.in_features = weight.shape[-1]
-        self.codes = nn.Parameter(pack_codes(codes, form), requires_grad=False)
-        self.scale = nn.Parameter(scale[..., 0], requires_grad=False)
+        self.in_features, self.interleaved = layer.weight.shape[-1], 0
+        if codes is None or scale is None:
+            codes, scale = packed_values(layer, form)
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    @property
+    def weight(self) -> TernaryWeight:
+        """Codes and scale as a product takes them."""
+        return TernaryWeight(self.codes, self.scale, self.in_features, self.form, self.interleaved)
+
+    def make_ready(self) -> None:
+        """Rearrange the codes for the device they are on."""
+        weight = made_ready(self.weight)
+        if weight.interleaved != self.interleaved:
+            self.codes, self.interleaved = nn.Parameter(weight.codes, requires_grad=False), weight.interleaved
+
+    def rows(self) -> Tensor:
+        """``[..., out, bytes]``, as files hold the codes."""
+        return as_rows(self.weight).codes
 
     def forward(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
         """As the layer: ``x [..., in]``, with ``counts`` rows of each expert when the weight has experts."""
@@ -53,25 +79,61 @@ class PackedLinear(nn.Module):
 
     def multiply(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
         """The product of the local parts."""
-        codes, token_scale = self.quantizer.input_codes(x)
-        if counts is None:
-            product = self._product(codes, self.codes, self.scale)
+        rows, how = x.flatten(0, -2), self.quantizer.quantisation
+        if how is not None:
+            product = ternary_linear(rows, how, self.weight, counts)
         else:
-            experts = zip(codes.split(counts), self.codes, self.scale, strict=True)
-            product = cat([self._product(rows, packed, scale) for rows, packed, scale in experts])
-        product = product.mul_(token_scale).to(x.dtype)
+            codes, token_scale = self.quantizer.input_codes(rows)
+            if self.quantizer.config.act_bits != FULL and codes.dtype == torch.float32:
+                codes = codes.to(torch.int8)
+            product = ternary_matmul(codes, token_scale, self.weight, counts).to(x.dtype)
+        product = product.view(*x.shape[:-1], product.shape[-1])
         return product if self.adapter is None else product + self.adapter(x, counts)
 
-    def _product(self, x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-        """``x [..., in]`` with one matrix ``[out, bytes]``, or several ``[parts, out, bytes]`` side by side."""
-        is_large = self.in_features * 127 >= 1 << 24
-        wide = float64 if is_large or x.dtype == float64 else float32
-        x, scale = x.to(wide), scale.expand(*packed.shape[:-1]).flatten()
-        if not x.numel():
-            return x.new_empty(*x.shape[:-1], len(scale))
-        rows = packed.flatten(0, -2).split(max(1, UNPACKED // self.in_features))
-        parts = [linear(x, unpack_codes(part, self.in_features, self.form, wide)) for part in rows]
-        return (cat(parts, -1) if len(parts) > 1 else parts[0]).mul_(scale)
+
+class PackedSpline(PackedLinear):
+    """The same of a :class:`~lightbulb.nn.splines.SplineLinear`, which multiplies the bases of its inputs."""
+
+    def __init__(self, layer: SplineLinear, form: PackFormat, codes: Tensor | None = None, scale: Tensor | None = None):
+        super().__init__(layer, form, codes, scale)
+        self.basis = layer.basis
+
+    def multiply(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
+        return super().multiply(bases_of(x, self.basis), counts)
+
+
+def packed(layer: nn.Module, form: PackFormat, *values: Tensor) -> PackedLinear:
+    """A layer that :func:`is_packable`, packed; ``values`` are its codes and scale where they are known."""
+    if isinstance(layer, SplineLinear):
+        return PackedSpline(layer, form, *values)
+    assert isinstance(layer, SplitLinear)
+    return PackedLinear(layer, form, *values)
+
+
+def packed_values(layer: SplitLinear, form: PackFormat) -> tuple[Tensor, Tensor]:
+    """Packed codes ``[..., out, bytes]`` and scales ``[..., parts]`` of a layer's weight, an expert's matrices side by
+    side."""
+    assert isinstance(layer.quantizer, BitQuantizer)
+    codes, scale = layer.quantizer.matrix_codes(values_of(layer.weight))
+    packed, scale = pack_codes(codes, form), scale[..., 0]
+    return (packed.flatten(1, -2), scale.flatten(1)) if isinstance(layer, GroupedLinear) else (packed, scale)
+
+
+def packed_shapes(layer: nn.Module, form: PackFormat) -> dict[str, tuple[int, ...]]:
+    """Shapes of the codes and scale of :func:`packed_values`.
+
+    Raises:
+        AttributeError: the layer cannot be packed.
+    """
+    if not is_packable(layer):
+        raise AttributeError(f"{type(layer).__name__} is no layer that can be packed")
+    assert isinstance(layer, SplitLinear)
+    *lead, outputs, inputs = logical_of(layer.weight).local_shape()
+    size = -(-inputs // PER_BYTE[form])
+    if isinstance(layer, GroupedLinear):
+        experts, parts = lead[0], math.prod(lead[1:])
+        return {"codes": (experts, parts * outputs, size), "scale": (experts, parts)}
+    return {"codes": (*lead, outputs, size), "scale": (*lead, 1)}
 
 
 def pack(model: nn.Module, form: PackFormat = "2bit") -> list[str]:
@@ -79,19 +141,32 @@ def pack(model: nn.Module, form: PackFormat = "2bit") -> list[str]:
 
     Left as they are: layers whose weights have any value, and kinds of layers that multiply in a way of their own.
     """
-    packed = []
+    names = []
     for name, layer in list(model.named_modules()):
         if is_packable(layer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, PackedLinear(layer, form))
-            packed.append(name)
-    return packed
+            put(model, name, packed(layer, form))
+            names.append(name)
+    make_ready(model)
+    return names
+
+
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Make a layer the one of this name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def make_ready(model: nn.Module) -> None:
+    """Rearrange all packed codes for the device they are on; again when they have moved."""
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear):
+            layer.make_ready()
 
 
 def is_packable(layer: nn.Module) -> bool:
-    """Whether a layer is a plain product with quantised weights."""
+    """Whether a layer is a plain product with quantised weights, of its inputs or their bases."""
     return (
-        isinstance(layer, ColumnParallelLinear | RowParallelLinear | GroupedLinear)
+        isinstance(layer, ColumnParallelLinear | RowParallelLinear | GroupedLinear | SplineLinear)
         and isinstance(layer.quantizer, BitQuantizer)
         and layer.quantizer.config.weights != "full"
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightbulb.nn.groups import Axis, max_over, sum_over
+from lightbulb.ops import Quantisation
 
 WeightCodes = Literal["ternary", "binary"]
 
@@ -79,6 +80,13 @@ def token_codes(x: Tensor, bits: int, axis: Axis, norm_eps: float | None) -> tup
     codes = (x * (levels * UNTIE / largest)).round_()
     scale = largest / levels
     return codes, scale if inverse_root is None else scale * inverse_root, inverse_root
+
+
+def quantisation(bits: int, norm_eps: float | None, is_bounded: bool) -> Quantisation:
+    """What :func:`token_codes` on one rank, or :func:`bounded_codes`, does, for a kernel that does it itself."""
+    levels = 2 ** (bits - 1) - 1
+    least = MIN_SCALE if norm_eps is None else MIN_SCALE * math.sqrt(norm_eps)
+    return Quantisation(levels, levels * UNTIE, least, norm_eps, is_bounded)
 
 
 def quantise_tokens(x: Tensor, bits: int, axis: Axis, norm_eps: float | None) -> Tensor:

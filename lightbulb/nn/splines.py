@@ -104,6 +104,11 @@ def spline_linear(x: Tensor, weight: Tensor, basis: Basis) -> Tensor:
     return _SplineLinear.apply(x, weight, basis)
 
 
+def bases_of(x: Tensor, basis: Basis) -> Tensor:
+    """``x [..., in]`` to ``[..., in x count]``, the bases of a feature side by side."""
+    return basis.values(_wide(x)).flatten(-2).to(x.dtype)
+
+
 class SplineLinear(SplitLinear):
     """The local part of a sum of functions, one for each edge; partial when the inputs are split.
 
@@ -137,8 +142,7 @@ class SplineLinear(SplitLinear):
         return product if self.adapter is None else product + self._adapted(x)
 
     def _bases(self, x: Tensor) -> Tensor:
-        """``[..., in x count]``, the bases of a feature side by side."""
-        return self.basis.values(_wide(x)).flatten(-2).to(x.dtype)
+        return bases_of(x, self.basis)
 
     def _adapted(self, x: Tensor) -> Tensor:
         # The backward runs this again, when a bank of experts has taken this expert's parameters back: hold them.

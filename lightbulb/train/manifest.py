@@ -205,11 +205,11 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: unreadable, of another format or step, or saying what cannot be.
     """
     path = folder / MANIFEST
-    values = _read_json(path)
+    values = read_json(path)
     if isinstance(values, dict):
         if values.get("format") != FORMAT:
             raise CheckpointError(f"{path}: format {values.get('format')!r:.40}, this version reads {FORMAT}")
-        if values.pop("digest", None) != _digest(values):
+        if values.pop("digest", None) != digest_of(values):
             raise CheckpointError(f"{path}: damaged: its digest is not that of its content; use an earlier checkpoint")
     manifest = _validated(path, TypeAdapter(Manifest), values)
     if manifest.step != step_of(folder):
@@ -220,7 +220,7 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
     """Write a manifest and its digest, which finds a changed bit as the hashes in it do for the other files."""
     with explained(folder / MANIFEST):
-        write_synced(folder / MANIFEST, orjson.dumps(values | {"digest": _digest(values)}))
+        write_synced(folder / MANIFEST, orjson.dumps(values | {"digest": digest_of(values)}))
 
 
 def read_state(folder: Path) -> TrainState:
@@ -230,7 +230,7 @@ def read_state(folder: Path) -> TrainState:
         CheckpointError: unreadable, or of another step or version.
     """
     path = folder / STATE
-    state = _validated(path, _STATE, _read_json(path))
+    state = _validated(path, _STATE, read_json(path))
     if state.step != step_of(folder):
         raise CheckpointError(f"{path}: of step {state.step}, in a folder named otherwise; use an earlier checkpoint")
     return state
@@ -279,20 +279,25 @@ def entry(record: FileRecord) -> dict[str, Any]:
     return {"size": record.size, "xxh3_128": record.xxh3_128}
 
 
-def _digest(values: dict[str, Any]) -> str:
+def digest_of(values: dict[str, Any]) -> str:
+    """The hash of a manifest's values, whatever their order."""
     return xxhash.xxh3_128(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def _read_json(path: Path) -> Any:
-    """Plain values from a file; orjson bounds their depth."""
+def read_json(path: Path, fix: str = "use an earlier checkpoint") -> Any:
+    """Plain values from a file; orjson bounds their depth.
+
+    Raises:
+        CheckpointError: unreadable or too large; the message ends with the fix.
+    """
     try:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
-                raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MB; use an earlier checkpoint")
+                raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MB; {fix}")
             return orjson.loads(file.read())
     except (OSError, ValueError) as error:
         text = str(error).removeprefix(f"{path}: ")[:MAX_MESSAGE]
-        raise CheckpointError(f"{path}: unreadable ({text}); use an earlier checkpoint") from None
+        raise CheckpointError(f"{path}: unreadable ({text}); {fix}") from None
 
 
 def _validated(path: Path, adapter: TypeAdapter, values: Any) -> Any:

@@ -16,7 +16,7 @@ from lightbulb.nn.groups import SINGLE
 from lightbulb.nn.linear import ColumnParallelLinear, SplitLinear
 from lightbulb.nn.lowbit import UNTIE, quantise_weight, token_codes, weight_codes
 from lightbulb.nn.parameter import initialise
-from lightbulb.ops import FORMATS, pack_codes, unpack_codes
+from lightbulb.ops import FORMATS
 
 ATTENTION = {"type": "attention", "num_heads": 4}
 MLP = {"type": "mlp", "hidden_dim": 24}
@@ -160,20 +160,6 @@ def test_zeros_and_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("size", [1, 4, 5, 19, 20, 23])
-def test_equality_packed_codes_come_back(form: Any, size: int) -> None:
-    codes = torch.randint(-1, 2, (3, 2, size), generator=torch.Generator().manual_seed(size))
-    packed = pack_codes(codes, form)
-    assert packed.dtype == torch.uint8 and packed.shape == (3, 2, -(-size // {"2bit": 4, "base3": 5}[form]))
-    assert torch.equal(unpack_codes(packed, size, form, torch.int64), codes)
-    assert torch.equal(pack_codes(unpack_codes(packed, size, form, torch.float32), form), packed)
-
-
-def test_the_largest_base3_byte_is_242() -> None:
-    assert int(pack_codes(torch.ones(5), "base3")) == 242
-
-
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"norm": False}, {"act_bits": 16}, {"match": "*.channel.*"}], ids=str)
 def test_equality_packed_is_quantised(form: Any, kind: str, options: dict[str, Any]) -> None:
@@ -184,20 +170,34 @@ def test_equality_packed_is_quantised(form: Any, kind: str, options: dict[str, A
     torch.testing.assert_close(model(tokens()), before, rtol=1e-5, atol=1e-6)  # logits are float32
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_equality_packed_splines(form: Any) -> None:
+    """Experts of splines multiply the bases of their inputs, whose codes have a fixed scale."""
+    kan = {"type": "switch", "num_experts": 4, "expert": {"type": "kan", "hidden_dim": 12}}
+    model = build({"type": "bitlinear"}, block_pattern=[{"token": ATTENTION, "channel": kan}]).eval()
+    before = model(tokens())
+    names = pack(model, form)
+    assert sum(name.endswith("spline") for name in names) == 4
+    torch.testing.assert_close(model(tokens()), before, rtol=1e-5, atol=1e-6)
+
+
 def test_equality_packed_products_are_exact() -> None:
     """Of whole numbers: the sum of int8 x ternary products in int64, scaled."""
-    module = layer(64, 300).float()
+    module = layer(64, 300, norm=False).float()  # a norm's sum has as many roundings as orders
     x = draw(20, 300).float()
     inputs, token_scale = module.quantizer.input_codes(x)
     codes, scale = module.quantizer.matrix_codes(module.weight)
     sums = inputs.long() @ codes.long().t()
     expected = (sums.float() * scale[..., 0]) * token_scale
-    assert torch.equal(PackedLinear(module, "base3")(x), expected)
+    packed = PackedLinear(module, "base3")
+    assert torch.equal(packed(x), expected)
+    packed.make_ready()
+    assert torch.equal(packed(x), expected)
 
 
 def test_equality_packed_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill and single steps of the packed model are one pass of the quantised one; blocks of rows change nothing."""
-    monkeypatch.setattr("lightbulb.modifiers.packed.UNPACKED", 40)
+    monkeypatch.setattr("lightbulb.kernels.ternary_matmul._UNPACKED", 40)
     model, ids = build({"type": "bitlinear"}).eval(), tokens(9)
     with torch.no_grad():
         expected = model(ids)

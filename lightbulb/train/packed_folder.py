@@ -1,0 +1,249 @@
+"""A model with packed BitLinear layers as a folder of its own: written from a run, read without unpacking anything.
+
+::
+
+    OUT/model.safetensors   packed codes, scales, and all other weights in the run's precision
+        config.yaml         of the run
+        tokenizer.json      of the run
+        packed.json         format, layers, sizes and hashes of the files, and the receipt
+
+The folder gets its name when everything in it is on disk and the model read back gave the logits of the quantised model
+it was made of. Nothing is ever unpickled.
+"""
+
+import errno
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import orjson
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightbulb.config import describe, load_config
+from lightbulb.data.tokenizer import Tokenizer
+from lightbulb.folder import FolderError, explained, sync_folder, write_atomically
+from lightbulb.models.language import LanguageModel
+from lightbulb.modifiers.packed import PackedLinear, is_packable, make_ready, pack, packed, packed_shapes, put
+from lightbulb.nn.parameter import keeper_of, logical_of, set_values, stored_values
+from lightbulb.ops import PackFormat
+from lightbulb.parallel.host import pick_device
+from lightbulb.routing.router import Router
+from lightbulb.train.config import RunConfig
+from lightbulb.train.manifest import CheckpointError, FileEntry, digest_of, entry, read_json
+from lightbulb.train.tensor_file import FileRecord, TensorFileError, hash_file, sync_file
+
+MANIFEST, TENSORS, CONFIG, TOKENIZER = "packed.json", "model.safetensors", "config.yaml", "tokenizer.json"
+FORMAT = 1
+AGAIN = "pack the run again"
+
+
+class PackError(RuntimeError):
+    """A model that cannot be packed; the message says why."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Receipt(_Strict):
+    """What packing did."""
+
+    layers: int
+    """Packed."""
+    bytes_before: int
+    """Of their weights in bfloat16."""
+    bytes_after: int
+    """Of their codes and scales."""
+    tokens: int
+    """On which the packed model was compared with the quantised one."""
+    greatest_difference: float
+    """Of any logit, in standard deviations of all logits."""
+    same_choices: float
+    """Share of the tokens for which both have the same greatest logit."""
+
+
+class PackedManifest(_Strict):
+    """The content of packed.json, without the digest of itself."""
+
+    format: Literal[1]
+    packing: PackFormat
+    layers: list[str]
+    files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")], FileEntry]
+    receipt: Receipt
+
+
+@torch.no_grad()
+def write_packed(
+    model: LanguageModel, run: Path, out: Path, packing: PackFormat, tokens: Tensor, bound: float
+) -> Receipt:
+    """Pack a run's model and write it to a new folder.
+
+    Args:
+        model: of the run, quantised, in evaluation mode; packed afterwards.
+        run: its folder.
+        out: the folder to be written; it must not exist, or be empty.
+        packing: how codes are packed.
+        tokens: ``[batch, length]`` on which the result is compared with the model.
+        bound: of the greatest difference of a logit, in standard deviations of all.
+
+    Raises:
+        PackError: the model has no layer to pack, or the result differs by more than the bound.
+        FolderError: ``out`` is in use or cannot be written.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if is_packable(layer)}
+    if not layers:
+        raise PackError(f"{run}: the model has no bitlinear layers to pack; add the modifier bitlinear and train")
+    before = sum(2 * math.prod(logical_of(layer.weight).local_shape()) for layer in layers.values())
+    expected = model(tokens).float()
+    pack(model, packing)
+    partial = _partial_folder(out)
+    try:
+        after = _write_files(model, run, partial, list(layers))
+        found = _build(partial, packing, list(layers))[0](tokens).float()
+        receipt = Receipt(
+            layers=len(layers), bytes_before=before, bytes_after=after, tokens=tokens.numel(),
+            greatest_difference=float((found - expected).abs().max() / expected.std()),
+            same_choices=float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
+        )  # fmt: skip
+        if not receipt.greatest_difference <= bound:  # nor if it is not a number
+            raise PackError(
+                f"{run}: a logit of the packed model differs by {receipt.greatest_difference:.3g} standard deviations "
+                f"from that of the quantised model, the bound is {bound:g}; raise --bound if this is near enough"
+            )
+        _write_manifest(partial, packing, list(layers), receipt)
+        with explained(out):
+            partial.rename(out)
+            sync_folder(out.absolute().parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return receipt
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether :func:`write_packed` wrote a folder."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_packed(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:
+    """The model of a folder in evaluation mode, on CUDA when there is a device.
+
+    Raises:
+        CheckpointError: a file is missing or is not what was written.
+    """
+    manifest = _read_manifest(folder)
+    for name, wanted in manifest.files.items():
+        try:
+            if hash_file(folder / name, wanted.size) != wanted.xxh3_128:
+                raise TensorFileError(f"{folder / name}: damaged: its hash is not the one that was written")
+        except TensorFileError as error:
+            raise CheckpointError(f"{error}; {AGAIN}") from None
+    return _build(folder, manifest.packing, manifest.layers)
+
+
+def _build(folder: Path, packing: PackFormat, layers: list[str]) -> tuple[LanguageModel, Tokenizer, RunConfig]:
+    config = load_config(RunConfig, folder / CONFIG)
+    # Weights are created without values: memory that nobody has written to is not there yet, and never will be for
+    # those that make room for packed codes.
+    model = config.model.build()
+    path = folder / TENSORS
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            for name in layers:
+                layer = model.get_submodule(name)
+                shapes = packed_shapes(layer, packing)
+                values = [_read(path, tensors, f"{name}.{key}", shape) for key, shape in shapes.items()]
+                put(model, name, packed(layer, packing, *values))
+            _fill(model, path, tensors)
+    except (SafetensorError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged, or of another version ({error}); {AGAIN}") from None
+    model = model.to(pick_device()).eval().requires_grad_(False)
+    make_ready(model)
+    return model, Tokenizer.load(folder / TOKENIZER), config
+
+
+def _fill(model: nn.Module, path: Path, tensors: Any) -> None:
+    """Read what is not packed."""
+    done = {id(p) for layer in model.modules() if isinstance(layer, PackedLinear) for p in (layer.codes, layer.scale)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in done:
+            continue
+        values = _read(path, tensors, name, logical_of(parameter).local_shape())
+        if keeper_of(parameter) is None:
+            parameter.data = values
+        else:
+            set_values(parameter, values)
+    for name, buffer in _router_buffers(model):
+        buffer.copy_(_read(path, tensors, name, tuple(buffer.shape)))
+
+
+def _read(path: Path, tensors: Any, name: str, shape: tuple[int, ...]) -> Tensor:
+    values = tensors.get_tensor(name)
+    if tuple(values.shape) != shape:
+        raise CheckpointError(f"{path}: {name!r} has shape {tuple(values.shape)}, the model expects {shape}; {AGAIN}")
+    return values
+
+
+def _router_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Loads and biases, with their global names: biases decide where tokens go."""
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            for key, value in module.named_buffers():
+                yield f"{name}.{key}", value
+
+
+def _write_files(model: nn.Module, run: Path, folder: Path, layers: list[str]) -> int:
+    """Write all files but the manifest; the bytes of codes and scales."""
+    values = {name: p.data if keeper_of(p) is None else stored_values(p) for name, p in model.named_parameters()}
+    packed_bytes = 0
+    for name in layers:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, PackedLinear)
+        values[f"{name}.codes"] = layer.rows()
+        packed_bytes += values[f"{name}.codes"].nbytes + values[f"{name}.scale"].nbytes
+    values |= dict(_router_buffers(model))
+    with explained(folder / TENSORS, sum(tensor.nbytes for tensor in values.values())):
+        save_file({name: tensor.cpu().contiguous() for name, tensor in values.items()}, folder / TENSORS)
+    sync_file(folder / TENSORS)
+    for name in (CONFIG, TOKENIZER):
+        write_atomically(folder / name, (run / name).read_bytes())
+    return packed_bytes
+
+
+def _partial_folder(out: Path) -> Path:
+    """A new folder beside ``out``, which gets its name when it is complete."""
+    with explained(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FolderError(errno.EEXIST, f"{out}: there is something already; choose another folder")
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
+
+
+def _write_manifest(folder: Path, packing: PackFormat, layers: list[str], receipt: Receipt) -> None:
+    files = {}
+    for name in (TENSORS, CONFIG, TOKENIZER):
+        size = (folder / name).stat().st_size
+        files[name] = entry(FileRecord(size, hash_file(folder / name, size)))
+    values = {
+        "format": FORMAT, "packing": packing, "layers": layers, "files": files, "receipt": receipt.model_dump()
+    }  # fmt: skip
+    write_atomically(
+        folder / MANIFEST, orjson.dumps(values | {"digest": digest_of(values)}, option=orjson.OPT_INDENT_2)
+    )
+
+
+def _read_manifest(folder: Path) -> PackedManifest:
+    path = folder / MANIFEST
+    values = read_json(path, AGAIN)
+    if not isinstance(values, dict) or values.pop("digest", None) != digest_of(values):
+        raise CheckpointError(f"{path}: damaged: its digest is not that of its content; {AGAIN}")
+    try:
+        return PackedManifest.model_validate(values)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: of another version: {describe(error)[0]:.500}; {AGAIN}") from None
