@@ -5,5 +5,6 @@
 
 from lightbulb.kernels.choice import Kernels, choose
 from lightbulb.kernels.native import ABSENT, is_built
+from lightbulb.kernels.ternary_matmul.training import takes_ternary_linear, ternary_linear
 
-__all__ = ["ABSENT", "Kernels", "choose", "is_built"]
+__all__ = ["ABSENT", "Kernels", "choose", "is_built", "takes_ternary_linear", "ternary_linear"]

@@ -21,15 +21,17 @@ from lightbulb.mixers.base import Facts
 from lightbulb.models.modifier import ModifierConfig
 from lightbulb.modifiers.matching import check_match, matching_linears
 from lightbulb.nn.groups import SINGLE
-from lightbulb.nn.linear import Quantizer, SplitLinear
+from lightbulb.nn.linear import Multiply, Quantizer, SplitLinear
 from lightbulb.nn.lowbit import (
     bounded_codes,
     quantise_bounded,
     quantise_tokens,
     quantise_weight,
+    ternary_scale,
     token_codes,
     weight_codes,
 )
+from lightbulb.ops import takes_ternary_linear, ternary_linear
 from lightbulb.registry import register
 
 FULL = 16
@@ -107,6 +109,12 @@ class BitQuantizer(Quantizer):
         if self.config.weights == "full":
             return weight
         return quantise_weight(weight, self.config.weights, self.matrix_axis)
+
+    def product(self, x: Tensor, weight: Tensor, multiply: Multiply, counts: list[int] | None) -> Tensor:
+        has_kernel = self.config.weights == "ternary" and self.config.act_bits == 8 and self.input_axis.size == 1
+        if not has_kernel or self.is_bounded or not takes_ternary_linear(x, weight):
+            return super().product(x, weight, multiply, counts)
+        return ternary_linear(x, weight, ternary_scale(weight, self.matrix_axis), self.norm_eps, counts)
 
     def input_codes(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
         """Codes and scales, ``[..., 1]`` or one for all, whose product is :meth:`input`."""
