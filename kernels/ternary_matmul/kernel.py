@@ -233,6 +233,14 @@ def quantise(x: Tensor, norm_eps: float | None) -> Tokens:
     return Tokens(codes, scale, sums, None if norm_eps is None else inverse_root)
 
 
+def arrange(codes: Tensor, scale: Tensor) -> Tokens:
+    """What other code has quantised, ``codes [rows, features]`` int8 and ``scale [rows, 1]``, in planes."""
+    places = triton.cdiv(triton.cdiv(codes.shape[1], 4), _ALIGN) * _ALIGN
+    planes = torch.nn.functional.pad(codes, (0, 4 * places - codes.shape[1])).unflatten(1, (places, 4)).mT
+    scale = scale.float().expand(len(codes), 1).reshape(-1).contiguous()
+    return Tokens(planes.contiguous(), scale, codes.sum(1, dtype=torch.int32), None)
+
+
 def pack(weight: Tensor, scale: Tensor) -> Tensor:
     """Ternary codes of ``weight [..., out, in]`` by scales ``[..., 1, 1]``, in bytes ``[..., out, ceil(in / 4)]``."""
     *matrices, outputs, width = weight.shape
@@ -255,7 +263,7 @@ def multiply(
     Args:
         tokens: the inputs.
         packed: ``[..., out, bytes]`` uint8 contiguous, four codes to a byte; with ``ends`` one such for each expert.
-        scale: of each matrix, as many float32 numbers as there are matrices.
+        scale: of each matrix, or of equal parts of its outputs, in order.
         dtype: of the result.
         ends: ``[experts]`` int32 on the device: where each expert's rows end, the last at the last row. Nothing is
             read back from the device.
@@ -279,7 +287,8 @@ def multiply(
         splits = max(1, min(8, 2 * _PROGRAMS // programs, bytes_ // (8 * rows)))
     split_steps = steps if experts else triton.cdiv(steps, min(splits, steps))
     splits = triton.cdiv(steps, split_steps)
-    rows_per_scale, scale = packed.shape[-2], scale.reshape(-1).float()
+    scale = scale.reshape(-1).float()
+    rows_per_scale = packed.numel() // bytes_ // len(scale)
     target = out if splits == 1 else torch.empty(splits, rows, outputs, dtype=torch.int32, device=out.device)
     multiply_kernel[triton.cdiv(outputs, tile.outputs), blocks, splits](
         tokens.codes, packed, tokens.scale, tokens.sums, scale, target, out if ends is None else ends,

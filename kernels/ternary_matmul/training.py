@@ -49,9 +49,7 @@ class _TernaryLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-        ends = None
-        if counts is not None:
-            ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device)
+        ends = None if counts is None else _ends(counts, x.device)
         tokens, packed = kernel.quantise(rows, norm_eps), kernel.pack(weight, scale)
         y = kernel.multiply(tokens, packed, scale, x.dtype, ends)
         kept = x if norm_eps is not None else None
@@ -64,7 +62,7 @@ class _TernaryLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse_root, codes, token_scale, packed, scale = ctx.saved_tensors
         width, dtype = ctx.shape[-1], ctx.dtypes[0]
-        grad = grad.reshape(-1, grad.shape[-1])
+        grad = grad.reshape(-1, grad.shape[-1]).contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             weight = _matrices(_weights(packed, scale, width, dtype), ctx.counts)
@@ -94,6 +92,8 @@ def _along(grad: Tensor, weight: Tensor, counts: list[int] | None) -> Tensor:
     """``grad [rows, out]`` times each row's matrix: ``[rows, in]``."""
     if counts is None:
         return grad @ weight
+    if _has_grouped_kernel(grad, weight):
+        return torch._grouped_mm(grad, weight, offs=_ends(counts, grad.device))
     parts = zip(grad.split(counts), weight, strict=True)
     return torch.cat([part @ matrix for part, matrix in parts])
 
@@ -102,8 +102,22 @@ def _across(grad: Tensor, rows: Tensor, counts: list[int] | None) -> Tensor:
     """Gradient of the matrices, ``[out, in]`` or ``[experts, out, in]``; zero of an expert without rows."""
     if counts is None:
         return grad.mT @ rows
+    if _has_grouped_kernel(grad, rows):
+        result = torch._grouped_mm(grad.mT, rows, offs=_ends(counts, grad.device))
+        result[[expert for expert, count in enumerate(counts) if not count]] = 0  # which the kernel does not write
+        return result
     parts = zip(grad.split(counts), rows.split(counts), strict=True)
     return torch.stack([part.mT @ mine for part, mine in parts])
+
+
+def _ends(counts: list[int], device: torch.device) -> Tensor:
+    """Where each expert's rows end."""
+    return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
+
+
+def _has_grouped_kernel(*tensors: Tensor) -> bool:
+    """Whether ``torch._grouped_mm`` takes these: bfloat16 on CUDA, rows of a multiple of 16 bytes."""
+    return all(t.is_cuda and t.dtype == torch.bfloat16 and t.numel() and t.shape[-1] % 8 == 0 for t in tensors)
 
 
 def _through_norm(grad: Tensor, x: Tensor, inverse_root: Tensor) -> Tensor:

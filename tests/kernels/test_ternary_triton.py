@@ -64,6 +64,15 @@ def test_tokens_have_the_codes_of_the_definition(
         torch.testing.assert_close(found.inverse_root, inverse_root[:, 0], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 67), (0, 9)])
+def test_codes_of_others_are_arranged_alike(rows: int, width: int, device: torch.device) -> None:
+    x = tokens(rows, width, torch.float32, device)
+    codes, scale, _ = lowbit.token_codes(x, 8, SINGLE, None)
+    wanted, found = kernel.quantise(x, None), kernel.arrange(codes.to(torch.int8), scale)
+    assert torch.equal(found.codes, wanted.codes) and torch.equal(found.sums, wanted.sums)
+    torch.testing.assert_close(found.scale, wanted.scale, rtol=1.2e-7, atol=0)
+
+
 def test_constants_are_those_of_the_definition() -> None:
     assert (kernel.UNTIE, kernel.MIN_SCALE) == (lowbit.UNTIE, lowbit.MIN_SCALE)
 
@@ -133,6 +142,8 @@ def test_matrices_side_by_side_have_their_own_scales(device: torch.device) -> No
         y = kernel.multiply(found, packed_of(weight), scale[:, None, None], torch.float32, splits=splits)
         parts = [exact(in_order(found, 50), w, s, found.scale) for w, s in zip(weight, scale, strict=True)]
         assert torch.equal(y, torch.cat(parts, 1))
+        joined = kernel.multiply(found, packed_of(weight).flatten(0, 1), scale, torch.float32, splits=splits)
+        assert torch.equal(joined, y)
 
 
 @pytest.mark.parametrize("counts", [[3], [0, 0, 1], [5, 0, 1, 70, 0], [1] * 9, [0, 140, 0]], ids=str)
