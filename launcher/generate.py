@@ -16,7 +16,7 @@ from lightbulb.config import ConfigError, build_config
 from lightbulb.data.tokenizer import Tokenizer, TokenizerError
 from lightbulb.inference.generate import Decoder, GenerationError, SamplingConfig, TextStream, beam_search, generate
 from lightbulb.modifiers.packed import pack
-from lightbulb.nn.packing import FORMATS
+from lightbulb.ops import FORMATS
 from lightbulb.train.checkpoint import CheckpointError, load_model_for_inference
 
 

@@ -6,6 +6,27 @@
 from lightbulb.kernels.adamw import adamw, is_one_pass
 from lightbulb.kernels.choice import Kernels, choose
 from lightbulb.kernels.native import ABSENT, is_built
+from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
+from lightbulb.kernels.ternary_matmul import TernaryWeight, ternary_matmul
+from lightbulb.kernels.ternary_matmul.packing import FORMATS, PackFormat, pack_codes, unpack_codes
 from lightbulb.kernels.ternary_matmul.training import takes_ternary_linear, ternary_linear
 
-__all__ = ["ABSENT", "Kernels", "adamw", "choose", "is_built", "is_one_pass", "takes_ternary_linear", "ternary_linear"]
+__all__ = [
+    "ABSENT",
+    "FORMATS",
+    "Kernels",
+    "PackFormat",
+    "TernaryWeight",
+    "adamw",
+    "choose",
+    "is_built",
+    "is_one_pass",
+    "pack_codes",
+    "swiglu",
+    "swiglu_",
+    "swiglu_grad_",
+    "takes_ternary_linear",
+    "ternary_linear",
+    "ternary_matmul",
+    "unpack_codes",
+]

@@ -12,8 +12,8 @@ from lightbulb.modifiers.bitlinear import BitQuantizer
 from lightbulb.nn.grouped import GroupedLinear
 from lightbulb.nn.groups import exit_tensor_region
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear, SplitLinear
-from lightbulb.nn.packing import PackFormat, pack_codes, unpack_codes
 from lightbulb.nn.parameter import values_of
+from lightbulb.ops import PackFormat, pack_codes, unpack_codes
 
 UNPACKED = 1 << 20
 """Codes that are unpacked at a time."""

@@ -144,7 +144,7 @@ def test_one_step_of_torch_to_the_last_places() -> None:
         place = torch.maximum(theirs.abs(), old.abs()) * 2**-23
         apart = (mine - theirs).abs() / place
         # An update much larger than its weight brings in the roundings of a product, a root and a quotient.
-        assert apart.max() <= 8 and (apart > 1).float().mean() < 1e-3
+        assert apart.max() <= 8 and (apart > 1).float().mean() < 1e-2
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])

@@ -16,8 +16,8 @@ from lightbulb.nn.grouped import GroupedLinear
 from lightbulb.nn.groups import SINGLE
 from lightbulb.nn.linear import ColumnParallelLinear, SplitLinear
 from lightbulb.nn.lowbit import UNTIE, quantise_weight, token_codes, weight_codes
-from lightbulb.nn.packing import FORMATS, pack_codes, unpack_codes
 from lightbulb.nn.parameter import initialise
+from lightbulb.ops import FORMATS, pack_codes, unpack_codes
 
 ATTENTION = {"type": "attention", "num_heads": 4}
 MLP = {"type": "mlp", "hidden_dim": 24}
