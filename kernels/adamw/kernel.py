@@ -10,7 +10,7 @@ _BLOCK = 1024
 
 @triton.jit
 def update_kernel(
-    param, grad, exp_avg, exp_avg_sq, copy, size, step_size, root, lr_decay, beta1, beta2, eps,
+    param, grad, exp_avg, exp_avg_sq, copy, size, step_size, root, lr_decay, beta1, first, beta2, second, eps,
     COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -19,8 +19,8 @@ def update_kernel(
     g = tl.load(grad + place, mask=inside).to(tl.float32)
     m = tl.load(exp_avg + place, mask=inside)
     v = tl.load(exp_avg_sq + place, mask=inside)
-    m = m * beta1 + (1.0 - beta1) * g
-    v = v * beta2 + (1.0 - beta2) * g * g
+    m = m * beta1 + first * g
+    v = v * beta2 + second * g * g
     p -= lr_decay * p
     p -= step_size * m / (tl.sqrt_rn(v) * root + eps)
     tl.store(exp_avg + place, m, mask=inside)
@@ -40,6 +40,7 @@ def update(
         return
     with torch.no_grad():
         update_kernel[triton.cdiv(size, _BLOCK),](
-            param, grad, exp_avg, exp_avg_sq, param if copy is None else copy, size, *factors, lr_decay, *betas, eps,
+            param, grad, exp_avg, exp_avg_sq, param if copy is None else copy, size, *factors, lr_decay,
+            betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps,
             COPY=copy is not None, BLOCK=_BLOCK,
         )  # fmt: skip

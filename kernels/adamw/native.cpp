@@ -5,8 +5,9 @@
 
 namespace {
 
+// first and second are 1 - beta1 and 1 - beta2, which float32 would not subtract exactly.
 struct Rule {
-    float lr_decay, beta1, beta2, eps;
+    float lr_decay, beta1, first, beta2, second, eps;
 };
 
 // One tensor's flat contiguous memory; copy may be absent. step_size is lr / (1 - beta1^t), root 1 / sqrt(1 - beta2^t).
@@ -30,7 +31,7 @@ inline __attribute__((always_inline)) void span(const Slot<G> &slot, const Rule 
     uint16_t *__restrict copy = slot.copy;
     const float step_size = slot.step_size, root = slot.root;
     const float lr_decay = rule.lr_decay, eps = rule.eps;
-    const float beta1 = rule.beta1, first = 1.0f - beta1, beta2 = rule.beta2, second = 1.0f - beta2;
+    const float beta1 = rule.beta1, first = rule.first, beta2 = rule.beta2, second = rule.second;
     for (int64_t i = begin; i < end; ++i) {
         const float g = wide(grad[i]);
         const float mean = m[i] * beta1 + first * g;
@@ -57,22 +58,23 @@ LB_CLONES void run_bf16(const Slot<uint16_t> &s, const Rule &r, int64_t begin, i
 // factors: [count, 2] step_size and root. The values of all tensors are shared out evenly.
 #define LB_ADAMW(NAME, G)                                                                                            \
     LB_EXPORT void adamw_##NAME(const int64_t *places, const float *factors, int64_t count, float lr_decay,          \
-                                float beta1, float beta2, float eps, int64_t threads) {                              \
+                                float beta1, float first, float beta2, float second, float eps,                      \
+                                int64_t threads) {                                                                   \
         int64_t total = 0;                                                                                           \
         for (int64_t t = 0; t < count; ++t) total += places[6 * t + 5];                                              \
-        const Rule rule{lr_decay, beta1, beta2, eps};                                                                \
+        const Rule rule{lr_decay, beta1, first, beta2, second, eps};                                                 \
         parallel(total, threads, [=](int64_t begin, int64_t end) {                                                   \
-            int64_t first = 0;                                                                                       \
-            for (int64_t t = 0; t < count && first < end; ++t) {                                                     \
+            int64_t start = 0;                                                                                       \
+            for (int64_t t = 0; t < count && start < end; ++t) {                                                     \
                 const int64_t *p = places + 6 * t, size = p[5];                                                      \
-                const int64_t from = begin > first ? begin - first : 0, to = end - first < size ? end - first : size; \
+                const int64_t from = begin > start ? begin - start : 0, to = end - start < size ? end - start : size; \
                 if (from < to) {                                                                                     \
                     const Slot<G> slot{reinterpret_cast<float *>(p[0]),    reinterpret_cast<const G *>(p[1]),         \
                                        reinterpret_cast<float *>(p[2]),    reinterpret_cast<float *>(p[3]),           \
                                        reinterpret_cast<uint16_t *>(p[4]), factors[2 * t], factors[2 * t + 1]};       \
                     run_##NAME(slot, rule, from, to);                                                                \
                 }                                                                                                    \
-                first += size;                                                                                       \
+                start += size;                                                                                       \
             }                                                                                                        \
         });                                                                                                          \
     }

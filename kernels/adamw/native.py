@@ -30,8 +30,9 @@ def update(
     """
     if not params:
         return
-    call = function(f"adamw_{_NAMES[grads[0].dtype]}", POINTER, POINTER, INT, FLOAT, FLOAT, FLOAT, FLOAT, INT)
+    call = function(f"adamw_{_NAMES[grads[0].dtype]}", POINTER, POINTER, INT, *[FLOAT] * 6, INT)
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, copies, strict=True)
     places = torch.tensor([[*(0 if t is None else t.data_ptr() for t in row), row[0].numel()] for row in tensors])
     scales = torch.tensor(factors, dtype=torch.float32)
-    call(places.data_ptr(), scales.data_ptr(), len(params), lr_decay, *betas, eps, torch.get_num_threads())
+    rest = [number for beta in betas for number in (beta, 1 - beta)]
+    call(places.data_ptr(), scales.data_ptr(), len(params), lr_decay, *rest, eps, torch.get_num_threads())

@@ -189,7 +189,9 @@ def test_extremes() -> None:
 
 def test_compiles_for_hopper() -> None:
     pointers = dict.fromkeys(("param", "exp_avg", "exp_avg_sq"), "*fp32") | {"copy": "*bf16"}
-    numbers = dict.fromkeys(("step_size", "root", "lr_decay", "beta1", "beta2", "eps"), "fp32") | {"size": "i64"}
+    numbers = dict.fromkeys(("step_size", "root", "lr_decay", "beta1", "first", "beta2", "second", "eps"), "fp32") | {
+        "size": "i64"
+    }
     path = "lightbulb.kernels.adamw.kernel:update_kernel"
     kernels = [
         {"kernel": path, "signature": pointers | numbers | {"grad": grad}, "constants": {"COPY": copy, "BLOCK": 1024}}
