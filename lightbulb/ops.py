@@ -9,7 +9,7 @@ from lightbulb.kernels.native import ABSENT, is_built
 from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
 from lightbulb.kernels.ternary_matmul import TernaryWeight, ternary_matmul
 from lightbulb.kernels.ternary_matmul.packing import FORMATS, PackFormat, pack_codes, unpack_codes
-from lightbulb.kernels.ternary_matmul.training import takes_ternary_linear, ternary_linear
+from lightbulb.kernels.ternary_matmul.training import takes_ternary_training, ternary_training_linear
 
 __all__ = [
     "ABSENT",
@@ -25,8 +25,8 @@ __all__ = [
     "swiglu",
     "swiglu_",
     "swiglu_grad_",
-    "takes_ternary_linear",
-    "ternary_linear",
+    "takes_ternary_training",
     "ternary_matmul",
+    "ternary_training_linear",
     "unpack_codes",
 ]

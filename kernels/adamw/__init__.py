@@ -50,22 +50,22 @@ def adamw(
         eps: added to the root of the second moment.
         weight_decay: decoupled: ``lr x weight_decay`` of each weight is taken off it.
     """
-    rows = zip(params, grads, exp_avgs, exp_avg_sqs, copies, steps, strict=True)
+    rows = list(zip(params, grads, exp_avgs, exp_avg_sqs, copies, strict=True))
     if is_reference():
-        for *tensors, step in rows:
-            reference.update(*tensors, step, lr, betas, eps, weight_decay)
+        for row, step in zip(rows, steps, strict=True):
+            reference.update(*row, step, lr, betas, eps, weight_decay)
         return
     factors = [(lr / (1 - betas[0] ** step), 1 / math.sqrt(1 - betas[1] ** step)) for step in steps]
     everything = [*chain(params, grads, exp_avgs, exp_avg_sqs), *(copy for copy in copies if copy is not None)]
     is_flat = all(t.is_contiguous() for t in everything)
     if is_flat and takes_triton(*everything):
-        for (*tensors, _), own in zip(rows, factors, strict=True):
-            kernel.update(*tensors, own, lr * weight_decay, betas, eps)
+        for row, own in zip(rows, factors, strict=True):
+            kernel.update(*row, own, lr * weight_decay, betas, eps)
     elif is_flat and takes_native(*everything) and _are_native(params, grads, exp_avgs, exp_avg_sqs, copies):
         native.update(params, grads, exp_avgs, exp_avg_sqs, list(copies), factors, lr * weight_decay, betas, eps)
     else:
-        for (*tensors, _), own in zip(rows, factors, strict=True):
-            _update(*tensors, own, lr * weight_decay, betas, eps)
+        for row, own in zip(rows, factors, strict=True):
+            _update(*row, own, lr * weight_decay, betas, eps)
 
 
 def _are_native(

@@ -21,6 +21,8 @@ if HAS_TRITON:
 
 SHAPES = ((4096, 4096), (16384, 4096), (20480, 3200), (28672, 8192))
 """Outputs and inputs of a matrix."""
+RULE = (127, 126.99, 1e-8, 1e-6)
+"""Of 8-bit inputs with a norm, as :func:`lightbulb.kernels.ternary_matmul.kernel.quantise` takes it."""
 DECODE = (1, 8)
 PREFILL = (64, 256, 1024, 4096)
 
@@ -45,10 +47,10 @@ def gpu_rows(rounds: int = 15) -> tuple[list[dict[str, Any]], dict[str, float]]:
 
 def _contenders(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
     scale = weight.abs().mean(dtype=torch.float32).view(1, 1)
-    packed, tokens = kernel.pack(weight, scale), kernel.quantise(x, 1e-6)
+    packed, tokens = kernel.pack(weight, scale), kernel.quantise(x, *RULE)
     return {
         "ours": partial(kernel.multiply, tokens, packed, scale, x.dtype),
-        "with inputs": lambda: kernel.multiply(kernel.quantise(x, 1e-6), packed, scale, x.dtype),
+        "with inputs": lambda: kernel.multiply(kernel.quantise(x, *RULE), packed, scale, x.dtype),
         "cuBLAS": partial(torch.nn.functional.linear, x, weight),
     }
 

@@ -11,20 +11,12 @@ bfloat16, and does ``2 x T x out x in`` operations on 8-bit numbers: up to some 
 costs ``2.25 x out x in`` bytes once a forward in training, quantising ``3 x T x in``.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-MIN_SCALE = 1e-5
-"""Smallest largest magnitude of a token, as :mod:`lightbulb.nn.lowbit` has it."""
-UNTIE = 1 - 2**-14
-"""Moves what lies halfway between two codes to the smaller one, as :mod:`lightbulb.nn.lowbit` does."""
-LEVELS = 127
-"""Largest code of an input."""
 
 _ALIGN = 16  # bytes that one thread loads at a time
 _PROGRAMS = 128  # an H100 has 132 multiprocessors
@@ -215,19 +207,26 @@ def finish_kernel(partial, token_scales, sums, scales, out, rows, outputs, split
     tl.store(out + row * outputs + output, y * tl.load(token_scales + row), mask=inside)
 
 
-def quantise(x: Tensor, norm_eps: float | None) -> Tokens:
-    """8-bit codes of the rows ``x [rows, features]``, columns side by side, as ``lowbit.token_codes`` defines them."""
+def quantise(x: Tensor, levels: int, factor: float, least: float, norm_eps: float | None) -> Tokens:
+    """Codes of rows, bit for bit those of :func:`lightbulb.nn.lowbit.token_codes`, where these numbers come from.
+
+    Args:
+        x: ``[rows, features]``, columns side by side.
+        levels: the largest code, at most 127.
+        factor: what a row's largest magnitude becomes before it is rounded; a little less than ``levels``.
+        least: no largest magnitude is below.
+        norm_eps: scales are divided by ``sqrt(mean(x^2) + norm_eps)``; None: they are not.
+    """
     rows, width = x.shape
     places = triton.cdiv(triton.cdiv(width, 4), _ALIGN) * _ALIGN
     codes = torch.empty(rows, 4, places, dtype=torch.int8, device=x.device)
     scale, inverse_root = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     sums = torch.empty(rows, dtype=torch.int32, device=x.device)
-    least = MIN_SCALE if norm_eps is None else MIN_SCALE * math.sqrt(norm_eps)
     block = min(2048, triton.next_power_of_2(places))
     if rows:
         quantise_kernel[rows,](
-            x, codes, scale, sums, inverse_root, x.stride(0), width, places, least, norm_eps or 0.0, LEVELS * UNTIE,
-            float(LEVELS), NORM=norm_eps is not None, BLOCK=block, num_warps=8 if block > 512 else 4,
+            x, codes, scale, sums, inverse_root, x.stride(0), width, places, least, norm_eps or 0.0, factor,
+            float(levels), NORM=norm_eps is not None, BLOCK=block, num_warps=8 if block > 512 else 4,
             enable_fp_fusion=False,
         )  # fmt: skip
     return Tokens(codes, scale, sums, None if norm_eps is None else inverse_root)

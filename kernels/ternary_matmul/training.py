@@ -19,13 +19,17 @@ if HAS_TRITON:
     from lightbulb.kernels.ternary_matmul import kernel
 
 
-def takes_ternary_linear(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`ternary_linear` may compute with these here."""
+Rule = tuple[int, float, float, float | None]
+"""``levels``, ``factor``, ``least`` and ``norm_eps`` of :func:`lightbulb.kernels.ternary_matmul.kernel.quantise`."""
+
+
+def takes_ternary_training(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`ternary_training_linear` may compute with these here."""
     return takes_triton(x, weight)
 
 
-def ternary_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, norm_eps: float | None, counts: list[int] | None = None
+def ternary_training_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, rule: Rule, counts: list[int] | None = None
 ) -> Tensor:
     """``quantised(x) @ ternary(weight)^T``, of several matrices side by side, or row by row of its expert's.
 
@@ -33,26 +37,24 @@ def ternary_linear(
         x: ``[..., in]``, all features of each token; with ``counts`` ``[rows, in]``, sorted by expert.
         weight: ``[..., out, in]`` of any values; with ``counts`` ``[experts, ..., out, in]``.
         scale: ``[..., 1, 1]`` of each whole matrix, the mean of its magnitudes, agreed on by the ranks that share it.
-        norm_eps: quantise ``x / sqrt(mean(x^2) + norm_eps)``; None for x itself.
+        rule: how inputs are quantised.
         counts: rows of each expert; zeros are fine, the sum is ``rows``.
 
     Returns:
         ``[..., out of all matrices]`` in the dtype of x.
     """
-    return _TernaryLinear.apply(x, weight, scale, norm_eps, counts)
+    return _TernaryLinear.apply(x, weight, scale, rule, counts)
 
 
 class _TernaryLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, norm_eps: float | None, counts: list[int] | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, rule: Rule, counts: list[int] | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
         ends = None if counts is None else _ends(counts, x.device)
-        tokens, packed = kernel.quantise(rows, norm_eps), kernel.pack(weight, scale)
+        tokens, packed = kernel.quantise(rows, *rule), kernel.pack(weight, scale)
         y = kernel.multiply(tokens, packed, scale, x.dtype, ends)
-        kept = x if norm_eps is not None else None
+        kept = x if tokens.inverse_root is not None else None
         ctx.save_for_backward(kept, tokens.inverse_root, tokens.codes, tokens.scale, packed, scale)
         ctx.shape, ctx.counts, ctx.dtypes = x.shape, counts, (x.dtype, weight.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -29,9 +29,10 @@ from lightbulb.nn.lowbit import (
     quantise_weight,
     ternary_scale,
     token_codes,
+    token_rule,
     weight_codes,
 )
-from lightbulb.ops import takes_ternary_linear, ternary_linear
+from lightbulb.ops import takes_ternary_training, ternary_training_linear
 from lightbulb.registry import register
 
 FULL = 16
@@ -111,10 +112,11 @@ class BitQuantizer(Quantizer):
         return quantise_weight(weight, self.config.weights, self.matrix_axis)
 
     def product(self, x: Tensor, weight: Tensor, multiply: Multiply, counts: list[int] | None) -> Tensor:
-        has_kernel = self.config.weights == "ternary" and self.config.act_bits == 8 and self.input_axis.size == 1
-        if not has_kernel or self.is_bounded or not takes_ternary_linear(x, weight):
+        is_ternary = self.config.weights == "ternary" and self.config.act_bits != FULL and not self.is_bounded
+        if not is_ternary or self.input_axis.size > 1 or not takes_ternary_training(x, weight):
             return super().product(x, weight, multiply, counts)
-        return ternary_linear(x, weight, ternary_scale(weight, self.matrix_axis), self.norm_eps, counts)
+        rule = token_rule(self.config.act_bits, self.norm_eps)
+        return ternary_training_linear(x, weight, ternary_scale(weight, self.matrix_axis), rule, counts)
 
     def input_codes(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
         """Codes and scales, ``[..., 1]`` or one for all, whose product is :meth:`input`."""

@@ -85,6 +85,12 @@ def token_codes(x: Tensor, bits: int, axis: Axis, norm_eps: float | None) -> tup
     return codes, scale if inverse_root is None else scale * inverse_root, inverse_root
 
 
+def token_rule(bits: int, norm_eps: float | None) -> tuple[int, float, float, float | None]:
+    """The numbers of :func:`token_codes` for a kernel: largest code, the same untied, least magnitude, epsilon."""
+    levels = 2 ** (bits - 1) - 1
+    return levels, levels * UNTIE, MIN_SCALE if norm_eps is None else MIN_SCALE * math.sqrt(norm_eps), norm_eps
+
+
 def quantise_tokens(x: Tensor, bits: int, axis: Axis, norm_eps: float | None) -> Tensor:
     """:func:`token_codes`, multiplied out, in the dtype of x; its gradient is that of the norm alone."""
     return _QuantisedTokens.apply(x, bits, axis, norm_eps)

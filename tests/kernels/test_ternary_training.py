@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightbulb.kernels.ternary_matmul.training import ternary_linear
+from lightbulb.kernels.ternary_matmul.training import ternary_training_linear
 from lightbulb.nn.groups import SINGLE
-from lightbulb.nn.lowbit import quantise_tokens, quantise_weight, weight_codes
+from lightbulb.nn.lowbit import quantise_tokens, quantise_weight, token_rule, weight_codes
 
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-6}
 """Of the largest value: bfloat16 rounds codes x scale of both factors, and the gradient."""
+NORMED = token_rule(8, 1e-6)
 
 
 def leaves(
@@ -35,7 +36,7 @@ def compare(
 ) -> None:  # fmt: skip
     x, weight = leaves(x_shape, w_shape, dtype, device)
     _, scale = weight_codes(weight, "ternary", SINGLE)
-    y = ternary_linear(x, weight, scale, norm_eps, counts)
+    y = ternary_training_linear(x, weight, scale, token_rule(8, norm_eps), counts)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(device, dtype)
     found = [y.detach(), *torch.autograd.grad(y, (x, weight), grad)]
     # Codes from the same float32 numbers; only what follows is wider.
@@ -71,8 +72,8 @@ def test_experts_equal_fake_quantisation(counts: list[int], dtype: torch.dtype, 
 def test_turned_inputs_and_gradients(device: torch.device) -> None:
     x, weight = leaves((12, 6), (5, 12), torch.float32, device)
     _, scale = weight_codes(weight, "ternary", SINGLE)
-    turned = ternary_linear(x.t(), weight, scale, 1e-6)
-    straight = ternary_linear(x.t().contiguous(), weight, scale, 1e-6)
+    turned = ternary_training_linear(x.t(), weight, scale, NORMED)
+    straight = ternary_training_linear(x.t().contiguous(), weight, scale, NORMED)
     assert torch.equal(turned, straight)
     grad = torch.ones(5, 6, device=device).t()
     mine = torch.autograd.grad(turned, (x, weight), grad)
@@ -83,9 +84,9 @@ def test_turned_inputs_and_gradients(device: torch.device) -> None:
 def test_only_wanted_gradients(device: torch.device) -> None:
     x, weight = leaves((4, 12), (5, 12), torch.float32, device)
     _, scale = weight_codes(weight, "ternary", SINGLE)
-    both = torch.autograd.grad(ternary_linear(x, weight, scale, 1e-6).sum(), (x, weight))
-    (grad_x,) = torch.autograd.grad(ternary_linear(x, weight.detach(), scale, 1e-6).sum(), x)
-    (grad_weight,) = torch.autograd.grad(ternary_linear(x.detach(), weight, scale, 1e-6).sum(), weight)
+    both = torch.autograd.grad(ternary_training_linear(x, weight, scale, NORMED).sum(), (x, weight))
+    (grad_x,) = torch.autograd.grad(ternary_training_linear(x, weight.detach(), scale, NORMED).sum(), x)
+    (grad_weight,) = torch.autograd.grad(ternary_training_linear(x.detach(), weight, scale, NORMED).sum(), weight)
     assert torch.equal(grad_x, both[0]) and torch.equal(grad_weight, both[1])
 
 
@@ -93,6 +94,6 @@ def test_parts_of_a_matrix_take_its_scale(device: torch.device) -> None:
     """Column-parallel: each rank's outputs, with the whole matrix's scale, are those of the whole matrix."""
     x, weight = leaves((4, 12), (6, 12), torch.float32, device)
     _, scale = weight_codes(weight, "ternary", SINGLE)
-    whole = ternary_linear(x, weight, scale, 1e-6)
-    parts = [ternary_linear(x, part, scale, 1e-6) for part in weight.split(3)]
+    whole = ternary_training_linear(x, weight, scale, NORMED)
+    parts = [ternary_training_linear(x, part, scale, NORMED) for part in weight.split(3)]
     assert torch.equal(torch.cat(parts, -1), whole)

@@ -10,6 +10,7 @@ from lightbulb.nn import lowbit
 from lightbulb.nn.groups import SINGLE
 
 SHAPES = [(1, 1, 1), (3, 5, 2), (8, 67, 130), (17, 129, 40), (70, 256, 64), (2, 531, 65)]
+PLAIN = lowbit.token_rule(8, None)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -52,7 +53,7 @@ def test_tokens_have_the_codes_of_the_definition(
 ) -> None:
     x = tokens(rows, width, dtype, device)
     codes, scale, inverse_root = lowbit.token_codes(x, 8, SINGLE, norm_eps)
-    found = kernel.quantise(x, norm_eps)
+    found = kernel.quantise(x, *lowbit.token_rule(8, norm_eps))
     assert torch.equal(in_order(found, width).float(), codes)
     assert torch.equal(found.sums, found.codes.sum((1, 2), dtype=torch.int32))
     if inverse_root is None:
@@ -68,18 +69,23 @@ def test_tokens_have_the_codes_of_the_definition(
 def test_codes_of_others_are_arranged_alike(rows: int, width: int, device: torch.device) -> None:
     x = tokens(rows, width, torch.float32, device)
     codes, scale, _ = lowbit.token_codes(x, 8, SINGLE, None)
-    wanted, found = kernel.quantise(x, None), kernel.arrange(codes.to(torch.int8), scale)
+    wanted, found = kernel.quantise(x, *PLAIN), kernel.arrange(codes.to(torch.int8), scale)
     assert torch.equal(found.codes, wanted.codes) and torch.equal(found.sums, wanted.sums)
     torch.testing.assert_close(found.scale, wanted.scale, rtol=1.2e-7, atol=0)
 
 
-def test_constants_are_those_of_the_definition() -> None:
-    assert (kernel.UNTIE, kernel.MIN_SCALE) == (lowbit.UNTIE, lowbit.MIN_SCALE)
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_fewer_bits(bits: int, device: torch.device) -> None:
+    x = tokens(5, 67, torch.float32, device)
+    codes, scale, _ = lowbit.token_codes(x, bits, SINGLE, None)
+    found = kernel.quantise(x, *lowbit.token_rule(bits, None))
+    assert torch.equal(in_order(found, 67).float(), codes)
+    torch.testing.assert_close(found.scale, scale[:, 0], rtol=1.2e-7, atol=0)
 
 
 def test_ties_go_to_the_smaller_code(device: torch.device) -> None:
     x = torch.tensor([[127.0, 63.5, -63.5, 0.5, 1.5, 2.5, -0.5, 126.5]], device=device)
-    found = in_order(kernel.quantise(x, None), 8)
+    found = in_order(kernel.quantise(x, *PLAIN), 8)
     assert found.tolist() == lowbit.token_codes(x, 8, SINGLE, None)[0].int().tolist()
     assert found[0, :4].tolist() == [127, 63, -63, 0]
 
@@ -87,7 +93,7 @@ def test_ties_go_to_the_smaller_code(device: torch.device) -> None:
 def test_extreme_tokens(device: torch.device) -> None:
     x = torch.zeros(4, 9, device=device)
     x[1, 3], x[2, 8], x[3] = float("inf"), float("nan"), 3e38
-    found = kernel.quantise(x, None)
+    found = kernel.quantise(x, *PLAIN)
     assert in_order(found, 9)[0].eq(0).all() and found.scale[0] > 0
     y = kernel.multiply(found, packed_of(ternary(6, 9, device=device)), torch.ones(1, device=device), torch.float32)
     assert y[0].eq(0).all() and not y[1:3].isfinite().any()
@@ -118,7 +124,7 @@ def test_weights_halfway_become_zero(device: torch.device) -> None:
 def test_product_is_exact(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     rows, width, outputs = shape
     weight, scale = ternary(outputs, width, device=device), torch.tensor([0.37], device=device)
-    found = kernel.quantise(tokens(rows, width, torch.float32, device), None)
+    found = kernel.quantise(tokens(rows, width, torch.float32, device), *PLAIN)
     y = kernel.multiply(found, packed_of(weight), scale, dtype, splits=1)
     wanted = exact(in_order(found, width), weight, scale, found.scale)
     # The interpreter cuts what it rounds to bfloat16; a GPU rounds to the nearest.
@@ -130,14 +136,14 @@ def test_product_is_exact(shape: tuple[int, int, int], dtype: torch.dtype, devic
 @pytest.mark.parametrize(("rows", "width"), [(1, 4099), (5, 2048), (9, 1000)])
 def test_splits_change_no_bit(rows: int, width: int, splits: int, device: torch.device) -> None:
     packed, scale = packed_of(ternary(70, width, device=device)), torch.tensor([0.37], device=device)
-    found = kernel.quantise(tokens(rows, width, torch.float32, device), None)
+    found = kernel.quantise(tokens(rows, width, torch.float32, device), *PLAIN)
     whole = kernel.multiply(found, packed, scale, torch.float32, splits=1)
     assert torch.equal(kernel.multiply(found, packed, scale, torch.float32, splits=splits), whole)
 
 
 def test_matrices_side_by_side_have_their_own_scales(device: torch.device) -> None:
     weight, scale = ternary(3, 30, 50, device=device), torch.tensor([0.5, 2.0, 0.0], device=device)
-    found = kernel.quantise(tokens(4, 50, torch.float32, device), None)
+    found = kernel.quantise(tokens(4, 50, torch.float32, device), *PLAIN)
     for splits in (1, 4):
         y = kernel.multiply(found, packed_of(weight), scale[:, None, None], torch.float32, splits=splits)
         parts = [exact(in_order(found, 50), w, s, found.scale) for w, s in zip(weight, scale, strict=True)]
@@ -150,7 +156,7 @@ def test_matrices_side_by_side_have_their_own_scales(device: torch.device) -> No
 def test_experts(counts: list[int], device: torch.device) -> None:
     experts, rows = len(counts), sum(counts)
     weight, scale = ternary(experts, 2, 20, 37, device=device), torch.rand(experts, 2, 1, 1).to(device) + 0.1
-    found = kernel.quantise(tokens(rows, 37, torch.float32, device), None)
+    found = kernel.quantise(tokens(rows, 37, torch.float32, device), *PLAIN)
     ends = torch.tensor(counts, dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
     y = kernel.multiply(found, packed_of(weight), scale, torch.float32, ends)
     first = 0
@@ -165,7 +171,7 @@ def test_experts(counts: list[int], device: torch.device) -> None:
 
 def test_no_rows(device: torch.device) -> None:
     packed, scale = packed_of(ternary(2, 6, 9, device=device)), torch.ones(2, device=device)
-    found = kernel.quantise(torch.empty(0, 9, device=device), 1e-6)
+    found = kernel.quantise(torch.empty(0, 9, device=device), *lowbit.token_rule(8, 1e-6))
     assert kernel.multiply(found, packed, scale, torch.bfloat16).shape == (0, 12)
     ends = torch.zeros(2, dtype=torch.int32, device=device)
     assert kernel.multiply(found, packed, scale, torch.bfloat16, ends).shape == (0, 6)
@@ -187,7 +193,7 @@ def test_tiles_hold_the_rows_and_fill_the_device() -> None:
 @pytest.mark.parametrize("tile", kernel.TILES, ids=lambda tile: f"{tile.outputs}x{tile.rows}")
 def test_tiles_change_no_bit(tile: kernel.Tile, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, scale = ternary(130, 270, device=device), torch.tensor([0.37], device=device)
-    found = kernel.quantise(tokens(20, 270, torch.float32, device), None)
+    found = kernel.quantise(tokens(20, 270, torch.float32, device), *PLAIN)
     monkeypatch.setattr(kernel, "tile_of", lambda rows, outputs: tile)
     y = kernel.multiply(found, packed_of(weight), scale, torch.float32)
     assert torch.equal(y, exact(in_order(found, 270), weight, scale, found.scale))
@@ -201,7 +207,7 @@ def test_assembly_does_as_the_plain_form(
 ) -> None:
     monkeypatch.setattr(kernel, "_HAS_WORDS", words)
     weight, scale = ternary(300, 1024, device=device), torch.tensor([0.37], device=device)
-    found = kernel.quantise(tokens(rows, 1024, torch.float32, device), None)
+    found = kernel.quantise(tokens(rows, 1024, torch.float32, device), *PLAIN)
     y = kernel.multiply(found, packed_of(weight), scale, torch.float32)
     assert torch.equal(y, exact(in_order(found, 1024), weight, scale, found.scale))
 

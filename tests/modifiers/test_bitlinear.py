@@ -198,7 +198,7 @@ def test_equality_of_products_in_whole_numbers(
     x, arguments = draw(5, 14).float().requires_grad_(), () if counts is None else (counts,)
     results = []
     for has_kernel in (False, True):
-        monkeypatch.setattr("lightbulb.modifiers.bitlinear.takes_ternary_linear", lambda x, weight: has_kernel)  # noqa: B023
+        monkeypatch.setattr("lightbulb.modifiers.bitlinear.takes_ternary_training", lambda x, weight: has_kernel)  # noqa: B023
         y = made(x, *arguments)
         grads = torch.autograd.grad(y, (x, made.weight), draw(*y.shape).float())
         results.append([y.detach(), *grads])
