@@ -4,6 +4,7 @@
 """
 
 from lightbulb.kernels import describe
+from lightbulb.kernels.adamw import adamw, is_one_pass
 from lightbulb.kernels.block_sparse_attention import Sight, Tiles, block_sparse_attention, takes_tiles
 from lightbulb.kernels.causal_attention import causal_attention, has_fast_causal_attention
 from lightbulb.kernels.choice import VARIABLE, Kernels, choose, chosen
@@ -26,6 +27,7 @@ from lightbulb.kernels.softmax import softmax, softmax_, softmax_grad_
 from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
 from lightbulb.kernels.ternary_matmul import Quantisation, TernaryWeight, made_ready, ternary_linear, ternary_matmul
 from lightbulb.kernels.ternary_matmul.packing import FORMATS, PER_BYTE, PackFormat, as_rows, pack_codes, unpack_codes
+from lightbulb.kernels.ternary_matmul.training import takes_ternary_training, ternary_training_linear
 
 __all__ = [
     "ABSENT",
@@ -40,6 +42,7 @@ __all__ = [
     "Sight",
     "TernaryWeight",
     "Tiles",
+    "adamw",
     "add_rms_norm",
     "as_rows",
     "block_sparse_attention",
@@ -51,6 +54,7 @@ __all__ = [
     "grouped_swiglu",
     "has_fast_causal_attention",
     "is_built",
+    "is_one_pass",
     "linear_cross_entropy",
     "linear_recurrence",
     "made_ready",
@@ -68,9 +72,11 @@ __all__ = [
     "swiglu",
     "swiglu_",
     "swiglu_grad_",
+    "takes_ternary_training",
     "takes_tiles",
     "ternary_linear",
     "ternary_matmul",
+    "ternary_training_linear",
     "unpack_codes",
     "weighted_sum",
 ]

@@ -21,17 +21,18 @@ from lightbulb.mixers.base import Facts
 from lightbulb.models.modifier import ModifierConfig
 from lightbulb.modifiers.matching import check_match, matching_linears
 from lightbulb.nn.groups import SINGLE
-from lightbulb.nn.linear import Quantizer, SplitLinear
+from lightbulb.nn.linear import Multiply, Quantizer, SplitLinear
 from lightbulb.nn.lowbit import (
     bounded_codes,
     quantisation,
     quantise_bounded,
     quantise_tokens,
     quantise_weight,
+    ternary_scale,
     token_codes,
     weight_codes,
 )
-from lightbulb.ops import Quantisation
+from lightbulb.ops import Quantisation, takes_ternary_training, ternary_training_linear
 from lightbulb.registry import register
 
 FULL = 16
@@ -109,6 +110,13 @@ class BitQuantizer(Quantizer):
         if self.config.weights == "full":
             return weight
         return quantise_weight(weight, self.config.weights, self.matrix_axis)
+
+    def product(self, x: Tensor, weight: Tensor, multiply: Multiply, counts: list[int] | None) -> Tensor:
+        is_ternary = self.config.weights == "ternary" and self.config.act_bits != FULL and not self.is_bounded
+        if not is_ternary or self.input_axis.size > 1 or not takes_ternary_training(x, weight):
+            return super().product(x, weight, multiply, counts)
+        rule = quantisation(self.config.act_bits, self.norm_eps, is_bounded=False)[:4]
+        return ternary_training_linear(x, weight, ternary_scale(weight, self.matrix_axis), rule, counts)
 
     def input_codes(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
         """Codes and scales, ``[..., 1]`` or one for all, whose product is :meth:`input`."""

@@ -54,5 +54,5 @@ class GroupedLinear(SplitLinear):
 
     def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
         """``rows [R, in]`` sorted by expert to ``[R, parts x out]``: local parts, summed over no axis."""
-        product = self.product(rows, partial(ops.grouped_linear, counts=counts), start_dim=1)
+        product = self.product(rows, partial(ops.grouped_linear, counts=counts), start_dim=1, counts=counts)
         return product if self.adapter is None else product + self.adapter(rows, counts)

@@ -21,6 +21,8 @@ from lightbulb.nn.groups import SINGLE, Axis, exit_tensor_region, tensor_axis
 from lightbulb.nn.parameter import Fill, Logical, keeper_of, logical_of, make_parameter, values_of
 from lightbulb.nn.precision import linear
 
+Multiply = Callable[[Tensor, Tensor], Tensor]
+
 
 class Quantizer(nn.Module, ABC):
     """What a layer multiplies instead of its input and its weight."""
@@ -32,6 +34,10 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def matrix(self, weight: Tensor) -> Tensor:
         """``weight [..., out, in]``, each matrix of the last two dimensions for itself, to the same shape."""
+
+    def product(self, x: Tensor, weight: Tensor, multiply: Multiply, counts: list[int] | None) -> Tensor:
+        """``multiply(input, matrix)``, or its equal in one kernel; ``counts`` rows of each expert."""
+        return multiply(self.input(x), self.matrix(weight))
 
 
 class Adapter(nn.Module, ABC):
@@ -74,16 +80,11 @@ class SplitLinear(nn.Module):
         """Whether no modifier changes this layer."""
         return self.quantizer is None and self.adapter is None
 
-    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and weight, as they are to be multiplied."""
-        weight = values_of(self.weight)
-        if self.quantizer is None:
-            return x, weight
-        return self.quantizer.input(x), self.quantizer.matrix(weight)
-
-    def product(self, x: Tensor, multiply: Callable[[Tensor, Tensor], Tensor], start_dim: int | None = None) -> Tensor:
+    def product(
+        self, x: Tensor, multiply: Multiply, start_dim: int | None = None, counts: list[int] | None = None
+    ) -> Tensor:
         """``multiply(input, weight)`` of what is to be multiplied, the weight's dimensions from ``start_dim`` to the
-        outputs taken as one.
+        outputs taken as one; ``counts`` rows of each expert when the layer has experts.
 
         A weight that a keeper holds is frozen: the backward reads it again, so that it is unpacked for no longer than
         a product takes.
@@ -93,9 +94,10 @@ class SplitLinear(nn.Module):
             return weight if start_dim is None else weight.flatten(start_dim, -2)
 
         keeper, dtype = keeper_of(self.weight), self.weight.dtype
-        if keeper is None or self.quantizer is not None:
-            x, weight = self.quantized(x)
-            return multiply(x, joined(weight))
+        if self.quantizer is not None:
+            return self.quantizer.product(x, values_of(self.weight), lambda x, w: multiply(x, joined(w)), counts)
+        if keeper is None:
+            return multiply(x, joined(values_of(self.weight)))
         return _RebuiltProduct.apply(x, lambda: joined(keeper.read(dtype)), multiply)
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -180,9 +182,7 @@ class _RebuiltProduct(torch.autograd.Function):
     """A product with a weight without gradient, made twice instead of kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, read: Callable[[], Tensor], multiply: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, read: Callable[[], Tensor], multiply: Multiply) -> Tensor:
         ctx.read, ctx.multiply = read, multiply
         return multiply(x, read())
 

@@ -37,15 +37,19 @@ def weight_codes(weight: Tensor, kind: WeightCodes, axis: Axis) -> tuple[Tensor,
         axis: over which each matrix is split; one rank when it is whole.
     """
     weight = _wide(weight)
-    count = weight.shape[-1] * weight.shape[-2] * axis.size
-    # float64 sums: however a matrix is split, its scale rounds to the same float32 number
-    total = torch.linalg.vector_norm(weight, 1, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     if kind == "ternary":
-        scale = (sum_over(total, axis) / count).clamp_min(MIN_SCALE).to(weight.dtype)
+        scale = ternary_scale(weight, axis)
         return (weight / scale).round_().clamp_(-1, 1), scale
-    sums = torch.stack([total, weight.sum((-2, -1), keepdim=True, dtype=torch.float64)])
-    scale, mean = (sum_over(sums, axis) / count).to(weight.dtype).unbind(0)
+    sums = torch.stack([_magnitude(weight), weight.sum((-2, -1), keepdim=True, dtype=torch.float64)])
+    scale, mean = (sum_over(sums, axis) / _count(weight, axis)).to(weight.dtype).unbind(0)
     return (weight > mean).to(weight.dtype).mul_(2).sub_(1), scale
+
+
+@torch.no_grad()
+def ternary_scale(weight: Tensor, axis: Axis) -> Tensor:
+    """The scale of :func:`weight_codes` for ternary codes: the mean magnitude of each whole matrix."""
+    mean = sum_over(_magnitude(weight), axis) / _count(weight, axis)
+    return mean.clamp_min(MIN_SCALE).to(_wide_dtype(weight))
 
 
 def quantise_weight(weight: Tensor, kind: WeightCodes, axis: Axis) -> Tensor:
@@ -148,6 +152,22 @@ class _QuantisedBounded(torch.autograd.Function):
         return grad, None
 
 
+def _magnitude(weight: Tensor) -> Tensor:
+    """Sum of magnitudes of each local part; in float64: however a matrix is split, its scale rounds to the same float32
+    number."""
+    return torch.linalg.vector_norm(weight, 1, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+
+
+def _count(weight: Tensor, axis: Axis) -> int:
+    """Weights of one whole matrix."""
+    return weight.shape[-1] * weight.shape[-2] * axis.size
+
+
 def _wide(x: Tensor) -> Tensor:
-    """``x`` in the dtype of codes and scales: float32, or float64 when it is."""
-    return x if x.dtype == torch.float64 else x.float()
+    """``x`` in the dtype of codes and scales."""
+    return x.to(_wide_dtype(x))
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 when x is."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

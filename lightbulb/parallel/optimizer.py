@@ -17,8 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lightbulb.config import Config
+from lightbulb.ops import is_one_pass
 from lightbulb.parallel.host import Precision
 from lightbulb.parallel.offload import OffloadedAdamW
+from lightbulb.parallel.one_pass import OnePassAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -82,7 +84,24 @@ def build_optimizer(
             if link.optimizer is not None:
                 groups, betas = link.optimizer.param_groups, (config.beta1, config.beta2)
                 link.optimizer = OffloadedAdamW(groups, betas, config.eps)
+    elif on_cpu and precision != "fp32":
+        for link in optimizer.chained_optimizers:
+            _step_in_one_pass(link, chunks)
     return optimizer
+
+
+def _step_in_one_pass(link: MegatronOptimizer, chunks: list[DistributedDataParallel]) -> None:
+    """Let the step write the bfloat16 weights too, where there is a kernel that does, instead of Megatron's copy after
+    it. (With float32 weights, their own masters, torch's fused step is as fast.)"""
+    if link.optimizer is None or not all(is_one_pass(master) for master in _held(link)):
+        return
+    copies = {}
+    for parameter in (p for chunk in chunks for p in chunk.parameters() if p.requires_grad):
+        part = _part(link, parameter)
+        if part is not None and part.master.dtype != parameter.dtype:
+            copies[part.master] = parameter.detach().view(-1)[part.start : part.stop].view_as(part.master)
+    link.optimizer = OnePassAdamW(link.optimizer.param_groups, copies)
+    link._copy_main_params_to_model_params = lambda: None
 
 
 def parts(optimizer: ChainedOptimizer, parameter: nn.Parameter) -> Part | None:

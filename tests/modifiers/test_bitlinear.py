@@ -12,6 +12,7 @@ from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.modifiers.bitlinear import BitLinearConfig, BitQuantizer
 from lightbulb.modifiers.packed import PackedLinear, pack
 from lightbulb.nn.bank import ExpertBank
+from lightbulb.nn.grouped import GroupedLinear
 from lightbulb.nn.groups import SINGLE
 from lightbulb.nn.linear import ColumnParallelLinear, SplitLinear
 from lightbulb.nn.lowbit import UNTIE, quantise_weight, token_codes, weight_codes
@@ -179,6 +180,27 @@ def test_equality_packed_splines(form: Any) -> None:
     names = pack(model, form)
     assert sum(name.endswith("spline") for name in names) == 4
     torch.testing.assert_close(model(tokens()), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("counts", [None, [2, 0, 3]], ids=str)
+def test_equality_of_products_in_whole_numbers(
+    counts: list[int] | None, norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way on a GPU, in Triton's interpreter: in one layer, with one matrix or with two for each expert."""
+    pytest.importorskip("triton")
+    made = ColumnParallelLinear(14, 9, 1.0) if counts is None else GroupedLinear(3, 14, 9, 1.0, SINGLE, SINGLE, parts=2)
+    initialise(made, 1)
+    made.quantizer = BitQuantizer(BitLinearConfig(norm=norm), made)
+    x, arguments = draw(5, 14).float().requires_grad_(), () if counts is None else (counts,)
+    results = []
+    for has_kernel in (False, True):
+        monkeypatch.setattr("lightbulb.modifiers.bitlinear.takes_ternary_training", lambda x, weight: has_kernel)  # noqa: B023
+        y = made(x, *arguments)
+        grads = torch.autograd.grad(y, (x, made.weight), draw(*y.shape).float())
+        results.append([y.detach(), *grads])
+    for plain, whole in zip(*results, strict=True):
+        torch.testing.assert_close(whole, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_equality_packed_products_are_exact() -> None:
