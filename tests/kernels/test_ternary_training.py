@@ -6,11 +6,11 @@ from torch import Tensor
 
 from lightbulb.kernels.ternary_matmul.training import ternary_training_linear
 from lightbulb.nn.groups import SINGLE
-from lightbulb.nn.lowbit import quantise_tokens, quantise_weight, token_rule, weight_codes
+from lightbulb.nn.lowbit import quantisation, quantise_tokens, quantise_weight, weight_codes
 
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-6}
 """Of the largest value: bfloat16 rounds codes x scale of both factors, and the gradient."""
-NORMED = token_rule(8, 1e-6)
+NORMED = quantisation(8, 1e-6, False)[:4]
 
 
 def leaves(
@@ -36,7 +36,7 @@ def compare(
 ) -> None:  # fmt: skip
     x, weight = leaves(x_shape, w_shape, dtype, device)
     _, scale = weight_codes(weight, "ternary", SINGLE)
-    y = ternary_training_linear(x, weight, scale, token_rule(8, norm_eps), counts)
+    y = ternary_training_linear(x, weight, scale, quantisation(8, norm_eps, False)[:4], counts)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(device, dtype)
     found = [y.detach(), *torch.autograd.grad(y, (x, weight), grad)]
     # Codes from the same float32 numbers; only what follows is wider.

@@ -10,7 +10,7 @@ from lightbulb.nn import lowbit
 from lightbulb.nn.groups import SINGLE
 
 SHAPES = [(1, 1, 1), (3, 5, 2), (8, 67, 130), (17, 129, 40), (70, 256, 64), (2, 531, 65)]
-PLAIN = lowbit.token_rule(8, None)
+PLAIN = lowbit.quantisation(8, None, False)[:4]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -53,7 +53,7 @@ def test_tokens_have_the_codes_of_the_definition(
 ) -> None:
     x = tokens(rows, width, dtype, device)
     codes, scale, inverse_root = lowbit.token_codes(x, 8, SINGLE, norm_eps)
-    found = kernel.quantise(x, *lowbit.token_rule(8, norm_eps))
+    found = kernel.quantise(x, *lowbit.quantisation(8, norm_eps, False)[:4])
     assert torch.equal(in_order(found, width).float(), codes)
     assert torch.equal(found.sums, found.codes.sum((1, 2), dtype=torch.int32))
     if inverse_root is None:
@@ -78,7 +78,7 @@ def test_codes_of_others_are_arranged_alike(rows: int, width: int, device: torch
 def test_fewer_bits(bits: int, device: torch.device) -> None:
     x = tokens(5, 67, torch.float32, device)
     codes, scale, _ = lowbit.token_codes(x, bits, SINGLE, None)
-    found = kernel.quantise(x, *lowbit.token_rule(bits, None))
+    found = kernel.quantise(x, *lowbit.quantisation(bits, None, False)[:4])
     assert torch.equal(in_order(found, 67).float(), codes)
     torch.testing.assert_close(found.scale, scale[:, 0], rtol=1.2e-7, atol=0)
 
@@ -171,7 +171,7 @@ def test_experts(counts: list[int], device: torch.device) -> None:
 
 def test_no_rows(device: torch.device) -> None:
     packed, scale = packed_of(ternary(2, 6, 9, device=device)), torch.ones(2, device=device)
-    found = kernel.quantise(torch.empty(0, 9, device=device), *lowbit.token_rule(8, 1e-6))
+    found = kernel.quantise(torch.empty(0, 9, device=device), *lowbit.quantisation(8, 1e-6, False)[:4])
     assert kernel.multiply(found, packed, scale, torch.bfloat16).shape == (0, 12)
     ends = torch.zeros(2, dtype=torch.int32, device=device)
     assert kernel.multiply(found, packed, scale, torch.bfloat16, ends).shape == (0, 6)
