@@ -113,10 +113,14 @@ class LanguageConfig(Config):
                     "a prompt past its gist tokens; choose another, or set gist_token_id: null"
                 )
 
+    def written_layer(self, index: int) -> BlockConfig:
+        """The config of one layer as the lists of blocks have it."""
+        later = index - len(self.first_blocks)
+        return self.first_blocks[index] if later < 0 else self.block_pattern[later % len(self.block_pattern)]
+
     def layer(self, index: int) -> BlockConfig:
         """The config of one layer, modified."""
-        later = index - len(self.first_blocks)
-        config = self.first_blocks[index] if later < 0 else self.block_pattern[later % len(self.block_pattern)]
+        config = self.written_layer(index)
         for modifier in self.sorted_modifiers():
             config = modifier.block(index, config)
         return config

@@ -176,11 +176,14 @@ def _problems_here(folder: Path, together: bool) -> tuple[list[str], Checkpoint 
 
 
 def load_into(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Put every local part of the checkpoint into the engine's model, optimizer and routers."""
+    """Put every local part of the checkpoint into the engine's model, optimizer and routers. A converted model that no
+    step was trained of has no moments: they are zero."""
     engine.optimizer_step = checkpoint.state.optimizer_step
+    has_moments = engine.optimizer_step > 0
     for name, parameter in engine.all_parameters():
-        state = checkpoint.read_parameter(name, logical_of(parameter), with_moments=parameter.requires_grad)
-        engine.write_parameter(parameter, state)
+        is_trained = parameter.requires_grad
+        state = checkpoint.read_parameter(name, logical_of(parameter), with_moments=is_trained and has_moments)
+        engine.write_parameter(parameter, state if has_moments or not is_trained else _with_zero_moments(state))
     _load_routers(engine.routers(), checkpoint)
 
 
@@ -208,8 +211,7 @@ def start_from(engine: Engine, checkpoint: Checkpoint) -> list[str]:
             continue
         found += 1
         state = checkpoint.read_parameter(name, logical_of(parameter), with_moments=False)
-        moments = {moment: torch.zeros_like(state["master"]) for moment in MOMENTS}
-        engine.write_parameter(parameter, state | moments)
+        engine.write_parameter(parameter, _with_zero_moments(state))
     for name, router in engine.routers():
         if router.config.bias_rate and f"{name}.bias" in checkpoint.manifest.tensors:
             router.bias.copy_(checkpoint.read(f"{name}.bias", (slice(0, len(router.bias)),), tuple(router.bias.shape)))
@@ -222,6 +224,10 @@ def start_from(engine: Engine, checkpoint: Checkpoint) -> list[str]:
             "it was drawn; start from a run that has it"
         )
     return missing
+
+
+def _with_zero_moments(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return state | {moment: torch.zeros_like(state["master"]) for moment in MOMENTS}
 
 
 def load_model_for_inference(run: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:

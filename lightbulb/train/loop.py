@@ -250,7 +250,8 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint) -> None:
         state, error = checkpoint.state, None
         try:
-            self.loader.load_state_dict(state.loader)  # first: it refuses other data before anything is loaded
+            if state.step or state.loader:  # else a converted model, which has read no data
+                self.loader.load_state_dict(state.loader)  # first: it refuses other data before anything is loaded
             load_into(self.engine, checkpoint)
         except (CheckpointError, DataError) as caught:
             error = caught

@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -52,12 +52,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     Raises:
         FolderError: the disk is full or the folder cannot be written (the message names the file and its size).
     """
-    header = _header(tensors)
-    size = len(header) + ITEM * sum(tensor.numel() for tensor in tensors.values())
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return stream_tensors(path, shapes, tensors.values())
+
+
+def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Iterable[Tensor]) -> FileRecord:
+    """As :func:`write_tensors`, of tensors that need not exist together: they come in the order of their shapes.
+
+    Raises:
+        FolderError: as :func:`write_tensors`.
+        TypeError: a tensor is not float32 or has another shape.
+    """
+    header = _header(shapes)
+    size = len(header) + ITEM * sum(map(math.prod, shapes.values()))
     with explained(path, size), path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
         writer = _Writer(file, hasher)
         writer.write(memoryview(header))
-        for tensor in tensors.values():
+        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+            if tensor.dtype != torch.float32 or tuple(tensor.shape) != tuple(shape):
+                found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise TypeError(f"{name!r} is {found}; the checkpoint holds float32 of shape {tuple(shape)}")
             values = tensor.detach().to("cpu").contiguous()
             writer.write(memoryview(values.view(-1).numpy().view(np.uint8)))  # type: ignore[arg-type]
     return FileRecord(size, writer.digest.hexdigest())
@@ -188,14 +202,12 @@ class TensorFile:
         return np.frombuffer(self._map, dtype=np.uint8)[8 + self._header_length :]
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
+def _header(shapes: Mapping[str, Sequence[int]]) -> bytes:
     """Length and JSON table, padded so that the values begin at a multiple of 8 bytes."""
     entries, start = {}, 0
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name!r} is {tensor.dtype}; checkpoints hold float32")
-        stop = start + ITEM * tensor.numel()
-        entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, stop]}
+    for name, shape in shapes.items():
+        stop = start + ITEM * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     table = json.dumps(entries, separators=(",", ":")).encode()
     table += b" " * (-len(table) % 8)

@@ -1,0 +1,180 @@
+"""Routers that know the clusters before they are trained.
+
+A router's rows are made of its inputs on text of each cluster: the cluster's mean input less that of all text
+(``centroid``, as mergekit's hidden gates), ridge regression from inputs to the cluster (``closed_form``), or the mean
+embedding (``embedding``, as mergekit's cheap gates). The inputs are those of the mixture in which every token of a
+cluster goes to the cluster's own experts: a dense model for each source, so that no router is needed to make routers.
+
+A linear router has no constant term, but its normed inputs have a mean m, and ``m / |m|^2`` gives every token about 1:
+added to a row, multiples of it shift the expert's logit. :func:`balanced` finds the shifts with which all experts get
+their share of the text.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightbulb.experts.pieces import Merge, keyed
+from lightbulb.experts.upcycle_config import RouterStart
+from lightbulb.models.language import LanguageModel
+from lightbulb.nn.parameter import set_values
+from lightbulb.routing.router import RouterConfig
+
+TWIN_NOISE = 0.1
+"""Noise of rows that stand for the same cluster, as a share of their size, so that their experts come apart."""
+BALANCE_STEPS = 300
+
+Texts = Sequence[list[list[int]]]
+"""Of each cluster, contexts of token ids."""
+
+
+@torch.no_grad()
+def learned_routers(merge: Merge, texts: Texts) -> dict[str, Tensor]:
+    """Rows ``[rows, dim]`` of every router of the mixture's own, by the router's name.
+
+    Args:
+        merge: the sources; with several of them, cluster i is the text of source i.
+        texts: of each cluster.
+    """
+    start, config = merge.config.router_start, merge.config
+    inputs: dict[str, list[Tensor]] = {}
+    for cluster, contexts in enumerate(texts):
+        model = dense_model(merge, min(cluster, len(merge.sources) - 1))
+        by_embedding = start.kind == "embedding"
+        found = _embeddings(model, contexts) if by_embedding else _hidden_states(model, contexts)
+        for name in _routers(merge):
+            values = found["" if by_embedding else name.removesuffix(".router")]
+            inputs.setdefault(name, []).append(values[: start.tokens])
+    return {
+        name: _spread(_rows(parts, start, _top_k(merge, name)), config.rows, config.seed, name)
+        for name, parts in inputs.items()
+    }
+
+
+def dense_model(merge: Merge, source: int) -> LanguageModel:
+    """The mixture in which every token goes to one source's experts, as a dense model in evaluation mode."""
+    return filled(merge.dense.build(), lambda name: merge.expert_model(name, source))
+
+
+@torch.no_grad()
+def filled(model: LanguageModel, read: Callable[[str], Tensor]) -> LanguageModel:
+    """Give a whole model its parameters in float32, for evaluation."""
+    for name, parameter in model.named_parameters():
+        set_values(parameter, read(name))
+    return model.float().eval().requires_grad_(False)
+
+
+def _rows(parts: list[Tensor], start: RouterStart, top_k: int) -> Tensor:
+    """A router's rows from its inputs ``[tokens, dim]`` on each cluster's text."""
+    x = torch.cat([part.double() for part in parts])
+    cluster = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts)])
+    weights = torch.stack([(cluster == i).double() / len(part) for i, part in enumerate(parts)])
+    if start.kind == "closed_form":
+        rows = _ridge(x, cluster, weights, start.ridge)
+    else:
+        means = weights @ x
+        rows = means - means.mean(0)
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    logits = x @ rows.t()
+    rows = rows * (start.scale / (logits - logits.mean(0)).std().clamp_min(1e-12))
+    return (balanced(rows, x, weights, min(top_k, len(parts))) if start.balance else rows).float()
+
+
+def _ridge(x: Tensor, cluster: Tensor, weights: Tensor, ridge: float) -> Tensor:
+    """Least squares from centred inputs to the cluster, every cluster counting alike."""
+    weight = weights.sum(0) / len(weights)
+    centred = x - weight @ x
+    target = nn.functional.one_hot(cluster, len(weights)).double() - 1 / len(weights)
+    covariance = centred.t() @ (centred * weight[:, None])
+    penalty = ridge * covariance.diagonal().mean().clamp_min(1e-12)
+    wanted = centred.t() @ (target * weight[:, None])
+    return torch.linalg.solve(covariance + penalty * torch.eye(len(covariance), dtype=x.dtype), wanted).t()
+
+
+def balanced(rows: Tensor, x: Tensor, weights: Tensor, top_k: int) -> Tensor:
+    """Rows whose top-k selections on ``x [tokens, dim]`` are spread evenly, by a shift of each expert's logit.
+
+    Args:
+        rows: ``[experts, dim]``.
+        x: inputs.
+        weights: ``[clusters, tokens]`` weight of each token in its cluster; every cluster counts alike.
+        top_k: experts of a token.
+    """
+    experts = len(rows)
+    if top_k >= experts:
+        return rows
+    weight = weights.sum(0) / weights.sum()
+    mean = weight @ x
+    direction = mean / mean.square().sum().clamp_min(1e-12)
+    logits, constant = x @ rows.t(), (x @ direction)[:, None]
+    shift, step = torch.zeros(experts, dtype=x.dtype), logits.std()
+    best, best_shift = float("inf"), shift
+    for number in range(BALANCE_STEPS):
+        chosen = (logits + constant * shift).topk(top_k, dim=-1).indices
+        load = torch.zeros(experts, dtype=x.dtype).index_add(0, chosen.flatten(), weight.repeat_interleave(top_k)) / top_k
+        worst = float((load * experts - 1).abs().max())
+        if worst < best:
+            best, best_shift = worst, shift
+        shift = shift + step * (1 - load * experts) / (1 + 0.1 * number) * 0.5
+    return rows + best_shift[:, None] * direction
+
+
+def _spread(rows: Tensor, count: int, seed: int, name: str) -> Tensor:
+    """``count`` rows of fewer: neighbours stand for one cluster, and differ by a little noise."""
+    copies = count // len(rows)
+    if copies == 1:
+        return rows
+    rows = rows.repeat_interleave(copies, dim=0)
+    noise = torch.empty_like(rows).normal_(generator=keyed(seed, int(name.split(".")[1]), 0, f"{name}.twins"))
+    return rows + TWIN_NOISE * rows.square().mean().sqrt() * noise
+
+
+def _routers(merge: Merge) -> list[str]:
+    """The routers that the mixture has and the sources have not."""
+    places = {"channel": merge.mixed_layers, "token": merge.attention_layers}
+    return [f"blocks.{layer}.{part}.router" for part, layers in places.items() for layer in sorted(layers)]
+
+
+def _top_k(merge: Merge, name: str) -> int:
+    """Rows that a token chooses."""
+    config = merge.config
+    attention: RouterConfig = config.attention_router or config.router
+    return attention.top_k if ".token." in name else config.router.top_k // config.shards
+
+
+def _embeddings(model: LanguageModel, contexts: list[list[int]]) -> dict[str, Tensor]:
+    return {"": torch.cat([model.embedding.weight[torch.tensor(ids)] for ids in contexts])}
+
+
+def _hidden_states(model: LanguageModel, contexts: list[list[int]]) -> dict[str, Tensor]:
+    """What goes into each mixer, ``[tokens, dim]``, by the mixer's name."""
+    with _inputs_of_mixers(model) as inputs:
+        for ids in contexts:
+            model(torch.tensor([ids]))
+    return {name: torch.cat(parts) for name, parts in inputs.items()}
+
+
+@contextmanager
+def _inputs_of_mixers(model: LanguageModel) -> Iterator[dict[str, list[Tensor]]]:
+    inputs: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            inputs.setdefault(name, []).append(arguments[0].flatten(0, 1).clone())
+
+        return hook
+
+    handles = []
+    for layer, block in model.blocks.items():
+        for part in ("token", "channel"):
+            mixer = getattr(block, part)
+            if mixer is not None:
+                handles.append(mixer.register_forward_pre_hook(keep(f"blocks.{layer}.{part}")))
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()

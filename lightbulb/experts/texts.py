@@ -1,0 +1,55 @@
+"""Token ids to run a model on: of a prepared corpus, of prompts, or drawn where there is no text."""
+
+from pathlib import Path
+
+import torch
+
+from lightbulb.config import ConfigError
+from lightbulb.data.corpus import Corpus, Split
+from lightbulb.data.tokenizer import Tokenizer
+from lightbulb.experts.upcycle_config import SourceConfig
+from lightbulb.models.language import LanguageConfig
+
+_PADDING = 0
+"""Document number behind the last document of a row."""
+
+
+def contexts_of(
+    source: SourceConfig, own: Path | None, tokenizer: Path, model: LanguageConfig, tokens: int
+) -> list[list[int]]:
+    """About so many tokens of a cluster, in contexts.
+
+    Args:
+        source: names prompts or a corpus.
+        own: the corpus the source was trained on, if that is known.
+        tokenizer: of prompts.
+        model: whose contexts they are.
+        tokens: how many.
+
+    Raises:
+        ConfigError: there is neither prompt nor corpus.
+        DataError: the corpus is not one, or not of this context length.
+        TokenizerError: prompts, and no tokenizer to read them.
+    """
+    if source.prompts:
+        ids = Tokenizer.load(tokenizer).encode_batch(source.prompts)
+        return [part[: model.context_length] for part in ids if part]
+    path = source.text or own
+    if path is None:
+        raise ConfigError(f"{source.path}: learned routers need text of its domain; give it text (a corpus) or prompts")
+    return corpus_contexts(path.expanduser(), "train", model, tokens)
+
+
+def corpus_contexts(path: Path, split: Split, model: LanguageConfig, tokens: int) -> list[list[int]]:
+    """Rows of a corpus, evenly spaced, of about so many tokens in all."""
+    corpus = Corpus(path, split, model.context_length, model.vocab_size)
+    count = min(len(corpus), -(-tokens // model.context_length))
+    rows = [corpus[number * len(corpus) // count] for number in range(count)]
+    return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents in rows]
+
+
+def random_contexts(model: LanguageConfig, tokens: int, seed: int) -> list[list[int]]:
+    """Ids that are no text."""
+    generator = torch.Generator().manual_seed(seed)
+    length = min(model.context_length, tokens)
+    return torch.randint(model.vocab_size, (-(-tokens // length), length), generator=generator).tolist()
