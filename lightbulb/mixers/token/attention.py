@@ -23,7 +23,7 @@ from lightbulb.nn.attention_backend import Backend, whole_attention
 from lightbulb.nn.attention_mask import Rule, Visibility
 from lightbulb.nn.groups import share_in_tensor_region
 from lightbulb.nn.kv_cache import empty_cache, write
-from lightbulb.nn.norm import RMSNorm
+from lightbulb.nn.norm import RMSNorm, SplitRMSNorm
 from lightbulb.nn.parameter import Init, Logical, constant, make_parameter
 from lightbulb.nn.recompute import recompute
 from lightbulb.nn.rope import rotary_angles, rotate
@@ -48,7 +48,10 @@ class AttentionConfig(HeadsConfig):
     masks_gists: ClassVar[bool] = True
     type: Literal["attention"] = "attention"
     qk_norm: bool = False
-    """Normalise queries and keys per head before the rotation."""
+    """Normalise queries and keys before the rotation."""
+    qk_norm_over: Literal["head", "all_heads"] = "head"
+    """What a query/key norm is over: each head by itself, all with one weight, or all heads together (OLMoE, 2024,
+    arXiv:2409.02060)."""
     norm_eps: float = Field(1e-6, gt=0)
     """Epsilon of the query/key norms."""
     causal: bool = True
@@ -73,6 +76,8 @@ class AttentionConfig(HeadsConfig):
 
     @model_validator(mode="after")
     def _options_agree(self) -> "AttentionConfig":
+        if self.qk_norm_over != "head" and not self.qk_norm:
+            raise ValueError(f"qk_norm_over {self.qk_norm_over!r} has no effect without qk_norm; set qk_norm: true")
         if self.num_global and self.max_distance is None:
             raise ValueError(f"num_global {self.num_global} has no effect without max_distance; set it")
         if self.max_distance is not None and self.window is not None:
@@ -117,7 +122,8 @@ class AttentionConfig(HeadsConfig):
     def cost(self, dim: int, context_length: int) -> Cost:
         width = self.width(dim)
         matrices = dim * width * (2 * self.num_heads + 2 * self.kv_heads)
-        norms = 2 * width if self.qk_norm else 0
+        normed = 2 if self.qk_norm_over == "head" else self.num_heads + self.kv_heads
+        norms = normed * width if self.qk_norm else 0
         sinks = self.num_heads if self.sink == "learned" else 0
         relative = 2 * (self.relative_positions or 0)
         params = matrices + norms + sinks + relative * dim
@@ -139,9 +145,14 @@ class Attention(HeadsMixer):
     def __init__(self, config: AttentionConfig, dim: int, init: Init):
         super().__init__(config, dim, init)
         self.config = config
-        if config.qk_norm:
+        self.norms_heads = config.qk_norm and config.qk_norm_over == "head"
+        if self.norms_heads:
             self.query_norm = RMSNorm(self.width, config.norm_eps, by_position=False)
             self.key_norm = RMSNorm(self.width, config.norm_eps, by_position=False)
+        elif config.qk_norm:
+            heads = {"query_norm": config.num_heads, "key_norm": config.kv_heads}
+            for name, count in heads.items():
+                setattr(self, name, SplitRMSNorm(count * self.width, 1, config.norm_eps))
         if config.sink == "learned":
             logical = Logical((config.num_heads,), None, tensor_dim=0, tensor=self.axis, fill=constant(0.0))
             self.sink = make_parameter(logical)
@@ -152,7 +163,7 @@ class Attention(HeadsMixer):
         self, x: Tensor, context: Context, state: DecodeState | None = None
     ) -> tuple[Tensor, DecodeState | None]:
         query, key, value = self.project(x)
-        if self.config.qk_norm:
+        if self.norms_heads:
             query = self.query_norm(query, share_in_tensor_region(self.query_norm.weight, self.axis))
             key = self.key_norm(key, share_in_tensor_region(self.key_norm.weight, self.axis))
         turned = query
@@ -172,6 +183,12 @@ class Attention(HeadsMixer):
         if context.present is not None:
             mixed = mixed.masked_fill(~context.present[:, None, :, None], 0.0)
         return self.output(gather_heads(mixed.permute(2, 0, 1, 3), self.ulysses).flatten(2)), state
+
+    def projected(self, name: str, x: Tensor) -> Tensor:
+        features = super().projected(name, x)
+        if name == "value" or not self.config.qk_norm or self.norms_heads:
+            return features
+        return getattr(self, f"{name}_norm")(features)
 
     def init_state(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> DecodeState:
         if not self.config.causal:

@@ -82,8 +82,13 @@ class HeadsMixer(TokenMixer):
         """Queries, keys (if there are any) and values ``[length, batch, heads, width]`` of ``x [rows, batch, dim]``:
         all positions, this rank's heads."""
         x = enter_tensor_region(x, self.axis)
-        layers = [self.query, self.key, self.value] if hasattr(self, "key") else [self.query, self.value]
-        return scatter_heads([layer(x).unflatten(-1, (-1, self.width)) for layer in layers], self.ulysses)
+        names = ("query", "key", "value") if hasattr(self, "key") else ("query", "value")
+        return scatter_heads([self.projected(name, x).unflatten(-1, (-1, self.width)) for name in names], self.ulysses)
+
+    def projected(self, name: str, x: Tensor) -> Tensor:
+        """``x [length, batch, dim]`` inside the tensor region through one projection: features of this rank's heads,
+        before Ulysses takes them apart."""
+        return getattr(self, name)(x)
 
 
 def head_width(dim: int, num_heads: int, field: str, is_rotated: bool = True) -> int:

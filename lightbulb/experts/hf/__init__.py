@@ -1,0 +1,1 @@
+"""Exchange with Hugging Face: architectures, folders of safetensors, export and import."""
