@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("lightbulb.launcher.pretrain", "train a model on shards; resumes where it stopped"),
     "verify": ("lightbulb.launcher.verify", "check a run's checkpoints, sample ledger and data"),
     "prove": ("lightbulb.launcher.prove", "compare every parallel layout with one process"),
+    "upcycle": ("lightbulb.launcher.upcycle", "make a mixture of experts of dense models"),
     "pack": ("lightbulb.launcher.pack", "write a ternary model with packed weights, for generate"),
     "generate": ("lightbulb.launcher.generate", "continue a prompt with a trained model"),
     "report": ("lightbulb.launcher.report", "draw a run's curves and write report.html"),

@@ -85,7 +85,9 @@ def _mixed(channel: ChannelMixerConfig | None, upcycle: UpcycleConfig) -> Switch
     if channel.activation != "swiglu":
         if upcycle.shared_expert:
             raise ConfigError(f"shared_expert needs activation 'swiglu', not {channel.activation!r}; leave it out")
-        return build_config(SwitchConfig, settings | {"expert": channel.model_copy(update={"hidden_dim": hidden})}, _MIXTURE)
+        return build_config(
+            SwitchConfig, settings | {"expert": channel.model_copy(update={"hidden_dim": hidden})}, _MIXTURE
+        )
     shared = {"shared_hidden_dim": channel.hidden_dim} if upcycle.shared_expert else {}
     return build_config(SwitchConfig, settings | {"hidden_dim": hidden} | shared, _MIXTURE)
 
@@ -125,8 +127,8 @@ def _check_modifiers(dense: LanguageConfig, upcycle: UpcycleConfig) -> None:
         raise ConfigError("model.modifiers: an average of adapters is no adapter; merge lora into the weights first")
     if "bitlinear" in names and upcycle.shards > 1:
         raise ConfigError(
-            "method 'virtual-group': bitlinear scales each matrix by itself, so that its parts do not add up to it; use "
-            "method: sparse"
+            "method 'virtual-group': bitlinear scales each matrix by itself, so that its parts do not add up to it; "
+            "use method: sparse"
         )
 
 

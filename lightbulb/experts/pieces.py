@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from lightbulb.config import ConfigError
-from lightbulb.experts.mixture_model import attention_layers, check_same_model, group_size, mixture_config, mixture_layers
+from lightbulb.experts.mixture_model import (
+    attention_layers,
+    check_same_model,
+    group_size,
+    mixture_config,
+    mixture_layers,
+)
 from lightbulb.experts.source import Source
 from lightbulb.experts.upcycle_config import UpcycleConfig
 from lightbulb.mixers.token.attention import AttentionConfig
@@ -64,6 +70,11 @@ class Deltas:
 @dataclass
 class Merge:
     """The sources, what they become, and where each value comes from.
+
+    Args:
+        config: what is wanted.
+        sources: in its order.
+        seed_model: what it names.
 
     Attributes:
         dense: the sources' model.
@@ -144,7 +155,9 @@ class Merge:
 
     def _pieces_of(self, name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
         layer, part, rest = _place(name)
-        is_mixed = layer in (self.mixed_layers if part == "channel" else self.attention_layers if part == "token" else ())
+        is_mixed = layer in (
+            self.mixed_layers if part == "channel" else self.attention_layers if part == "token" else ()
+        )
         if not is_mixed or not rest.startswith(_OWN[part]):
             yield _whole(name, shape, partial(self.trunk, name))
         elif rest == "router.weight":

@@ -99,7 +99,8 @@ class Receipt(_Strict):
     parameters_out: int
     tensors_in: Digests
     tensors_out: Digests
-    comparison: Comparison
+    comparison: Comparison | None = None
+    """None where the result equals no model, or was not run."""
     routers: dict[str, RouterRecord]
     notes: list[str] = []
     """What the conversion decided."""

@@ -114,7 +114,9 @@ def balanced(rows: Tensor, x: Tensor, weights: Tensor, top_k: int) -> Tensor:
     best, best_shift = float("inf"), shift
     for number in range(BALANCE_STEPS):
         chosen = (logits + constant * shift).topk(top_k, dim=-1).indices
-        load = torch.zeros(experts, dtype=x.dtype).index_add(0, chosen.flatten(), weight.repeat_interleave(top_k)) / top_k
+        load = (
+            torch.zeros(experts, dtype=x.dtype).index_add(0, chosen.flatten(), weight.repeat_interleave(top_k)) / top_k
+        )
         worst = float((load * experts - 1).abs().max())
         if worst < best:
             best, best_shift = worst, shift

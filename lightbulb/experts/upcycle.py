@@ -5,17 +5,18 @@ receipt decide: where the result must equal the dense model (copies, parts, zero
 nothing is left behind.
 """
 
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import orjson
 import torch
 from torch import Tensor
 
-from lightbulb.data.config import DataConfig, DataError
+from lightbulb.config import ConfigError
+from lightbulb.data.config import DataConfig
 from lightbulb.experts.first_checkpoint import write_first_checkpoint
-from lightbulb.experts.pieces import Merge
+from lightbulb.experts.pieces import Merge, shapes_of
 from lightbulb.experts.receipt import (
     Comparison,
     Digests,
@@ -29,18 +30,23 @@ from lightbulb.experts.receipt import (
     write_receipt,
 )
 from lightbulb.experts.router_start import dense_model, filled, learned_routers
-from lightbulb.experts.source import Source, open_source
+from lightbulb.experts.source import RunSource, Source, open_source
 from lightbulb.experts.texts import contexts_of, corpus_contexts, random_contexts
-from lightbulb.experts.upcycle_config import SourceConfig, UpcycleConfig, gates_sum_to_one
+from lightbulb.experts.upcycle_config import UpcycleConfig, gates_sum_to_one
 from lightbulb.folder import built_beside
-from lightbulb.nn.parameter import logical_of
 from lightbulb.train.checkpoint import Checkpoint
 from lightbulb.train.config import RunConfig, TrainConfig
 from lightbulb.train.manifest import step_folder
-from lightbulb.config import load_config
 
 DATA = Path("data")
 """Corpus of a run none of whose sources has one, to be set before it is trained."""
+
+
+class Reference(NamedTuple):
+    """The dense model that the mixture must equal, if there is one, and why."""
+
+    why: str
+    must_equal: bool
 
 
 def upcycle(config: UpcycleConfig) -> Receipt:
@@ -52,20 +58,26 @@ def upcycle(config: UpcycleConfig) -> Receipt:
         CheckpointError, InteropError, DataError, TokenizerError, FolderError: something cannot be read or written.
     """
     out = config.run.expanduser()
-    merge = Merge(config, [_open(source.path) for source in config.sources], _open(config.seed_model))
+    sources = [open_source(source.path.expanduser()) for source in config.sources]
+    seed_model = open_source(config.seed_model.expanduser()) if config.seed_model else None
+    merge = Merge(config, sources, seed_model)
+    _check_tokenizers(sources)
     tensors_in = _digests(merge)
-    if config.router_start.kind != "random":
-        merge.routers = learned_routers(merge, _cluster_texts(merge))
-    merge.compare_with_seed()
     reference = _reference(merge, tensors_in)
     with built_beside(out) as folder:
-        tensors_out = write_first_checkpoint(folder, _run_config(merge), merge.pieces(), merge.sources[0].tokenizer_path)
+        merge.compare_with_seed()
+        if config.router_start.kind != "random":
+            merge.routers = learned_routers(merge, _cluster_texts(merge))
+        tokenizer = sources[0].tokenizer_path
+        tensors_out = write_first_checkpoint(folder, run_config(merge), merge.pieces(), tokenizer)
         comparison, routers = _run_on_text(merge, folder, reference)
+        if comparison is not None:
+            comparison.check(str(out))
         receipt = Receipt(
             conversion="upcycle",
             sources=[str(source.path) for source in config.sources],
             architecture=config.method,
-            parameters_in=parameters(tensors_in) // len(config.sources),
+            parameters_in=parameters(tensors_in),
             parameters_out=merge.mixture.cost().params,
             tensors_in=tensors_in,
             tensors_out=tensors_out,
@@ -74,7 +86,144 @@ def upcycle(config: UpcycleConfig) -> Receipt:
             notes=_notes(merge, reference, routers),
             versions={name: version(name) for name in ("lightbulb", "torch")},
         )
-        if comparison is not None:
-            comparison.check(str(out))
         write_receipt(folder, receipt)
     return receipt
+
+
+def run_config(merge: Merge) -> RunConfig:
+    """The run that goes on with the mixture: settings of the first source that is a run, where the config has none."""
+    config, first = merge.config, _first_run(merge.sources)
+    inherited = {} if first is None else first.model_dump(include={"optimizer", "schedule", "seed"})
+    train = config.train or (first.train if first else TrainConfig(steps=1000, global_batch_size=8, micro_batch_size=1))
+    data = config.data or (first.data if first else DataConfig(path=DATA))
+    settings = {"run": str(config.run), "model": merge.mixture, "data": data, "train": train}
+    return RunConfig.model_validate(inherited | settings)
+
+
+def _first_run(sources: list[Source]) -> RunConfig | None:
+    return next((source.config for source in sources if isinstance(source, RunSource)), None)
+
+
+def _digests(merge: Merge) -> Digests:
+    """Records of all tensors of all sources, which are numbered if there are several."""
+    several = len(merge.sources) > 1
+    return {
+        f"{number}:{name}" if several else name: digest(source.read(name), record=True)
+        for number, source in enumerate(merge.sources)
+        for name in merge.shapes
+    }
+
+
+def _reference(merge: Merge, digests: Digests) -> Reference:
+    """Whether the mixture must equal its (first) source."""
+    config = merge.config
+    if config.shared_expert:
+        return Reference("the dense model (routed experts start with outputs of zero)", True)
+    routers = [config.router, *([config.attention_router] if config.attention_router else [])]
+    if not all(map(gates_sum_to_one, routers)):
+        return Reference("gates do not sum to 1: no model that the mixture equals", False)
+    if config.method in ("sparse", "virtual-group"):
+        return Reference("the dense model (all experts are made of it)", True)
+    if config.method == "drop":
+        kept = config.drop_ratio == 0
+        return Reference("the dense model" if kept else "units were drawn anew: no model that the mixture equals", kept)
+    equal = all(
+        digests[f"{number}:{name}"] == digests[f"0:{name}"]
+        for number in range(1, len(merge.sources))
+        for name in merge.shapes
+    )
+    seeded = config.trunk == "seed_model"
+    scaled = merge.is_attention_split and any(modifier.type == "bitlinear" for modifier in merge.dense.modifiers)
+    if not equal or seeded or scaled:
+        return Reference("sources differ: no model that the mixture equals", False)
+    return Reference("the dense model (all sources are equal)", True)
+
+
+def _run_on_text(merge: Merge, folder: Path, reference: Reference) -> tuple[Comparison | None, dict[str, RouterRecord]]:
+    """Read back what was written, run it and the dense model on text."""
+    if merge.config.compare_tokens == 0:
+        return None, {}
+    text = _comparison_text(merge)
+    checkpoint = Checkpoint(step_folder(folder, 0))
+    shapes = shapes_of(merge.mixture)
+
+    def read(name: str) -> Tensor:
+        return checkpoint.read(name, tuple(slice(0, size) for size in shapes[name]), shapes[name])
+
+    tokens = torch.tensor(text.token_ids)
+    model = filled(merge.mixture.build(), read)
+    with watching_routers(model) as routers, torch.no_grad():
+        found = model(tokens)
+    del model
+    if not reference.must_equal:
+        return None, routers
+    with torch.no_grad():
+        expected = dense_model(merge, 0)(tokens)
+    return compare(found, expected, reference.why, text, merge.config.bound), routers
+
+
+def _comparison_text(merge: Merge) -> Text:
+    """Contexts of one length: held out, else of the clusters, else no text."""
+    config, model, run = merge.config, merge.dense, _first_run(merge.sources)
+    path = config.data.path if config.data else None
+    clusters = config.clusters or config.sources
+    if path is not None:
+        name, contexts = (
+            f"{path} (held out)",
+            corpus_contexts(path.expanduser(), "held_out", model, config.compare_tokens),
+        )
+    elif any(cluster.prompts or cluster.text for cluster in clusters):
+        name, contexts = "text of the clusters", [ids for part in _cluster_texts(merge) for ids in part]
+    elif run is not None and (run.data.path.expanduser() / "manifest.json").is_file():
+        name = f"{run.data.path} (held out)"
+        contexts = corpus_contexts(run.data.path.expanduser(), "held_out", model, config.compare_tokens)
+    else:
+        name, contexts = "random ids, no text", random_contexts(model, config.compare_tokens, config.seed)
+    length = min(map(len, contexts))
+    return Text(source=name, token_ids=[ids[:length] for ids in contexts][: max(1, config.compare_tokens // length)])
+
+
+def _cluster_texts(merge: Merge) -> list[list[list[int]]]:
+    """Contexts of each cluster: the sources' domains, or the clusters of one source's copies."""
+    config = merge.config
+    runs = [source.config.data.path if isinstance(source, RunSource) else None for source in merge.sources]
+    clusters = config.clusters or config.sources
+    owns = [None] * len(clusters) if config.clusters else runs
+    tokenizer, tokens = merge.sources[0].tokenizer_path, config.router_start.tokens
+    return [
+        contexts_of(cluster, own, tokenizer, merge.dense, tokens) for cluster, own in zip(clusters, owns, strict=True)
+    ]
+
+
+def _notes(merge: Merge, reference: Reference, routers: dict[str, RouterRecord]) -> list[str]:
+    """What the numbers do not say."""
+    notes = [f"equality: {reference.why}"]
+    if merge.deltas is not None:
+        distances, cosines = merge.deltas.distances(), merge.deltas.cosines()
+        for number, distance in enumerate(distances):
+            others = ", ".join(f"{cosines[number][other]:.3f}" for other in range(len(distances)) if other != number)
+            notes.append(
+                f"source {number} is {distance:.2%} of the seed's length away from it; cosines with the others' "
+                f"differences: {others}"
+            )
+    for name, record in routers.items():
+        if idle := [expert for expert, load in enumerate(record.load) if load == 0]:
+            notes.append(f"{name}: no token of the text goes to experts {idle}")
+    return notes
+
+
+def _check_tokenizers(sources: list[Source]) -> None:
+    """Raise ConfigError where two sources' ids mean different tokens."""
+    known = [(source, _vocabulary(source.tokenizer_path)) for source in sources if source.tokenizer_path.is_file()]
+    for source, vocabulary in known[1:]:
+        if vocabulary != known[0][1]:
+            raise ConfigError(
+                f"{source.path}: its tokenizer has another vocabulary than {known[0][0].path}; sources must share one"
+            )
+
+
+def _vocabulary(tokenizer: Path) -> Any:
+    try:
+        return orjson.loads(tokenizer.read_bytes())["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{tokenizer}: cannot be read as a tokenizer.json ({error}); restore it") from None

@@ -1,8 +1,8 @@
 """What `lightbulb upcycle` reads: which dense models become one mixture of experts, and how.
 
 Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv:2403.07816), sparse upcycling (Komatsuzaki et al. 2022,
-arXiv:2212.05055), Drop-Upcycling (Nakamura et al. 2025, arXiv:2502.19261), virtual groups of fine-grained experts (He et
-al. 2024, arXiv:2410.07524); attention experts as in BAM (Zhang et al. 2024, arXiv:2408.08274).
+arXiv:2212.05055), Drop-Upcycling (Nakamura et al. 2025, arXiv:2502.19261), virtual groups of fine-grained experts (He
+et al. 2024, arXiv:2410.07524); attention experts as in BAM (Zhang et al. 2024, arXiv:2408.08274).
 
 A file in the shape of mergekit's mixtures (``base_model``, ``experts``, ``gate_mode``) is read too:
 :func:`load_upcycle_config`.
