@@ -19,6 +19,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "upcycle": ("lightbulb.launcher.upcycle", "make a mixture of experts of dense models"),
     "pack": ("lightbulb.launcher.pack", "write a ternary model with packed weights, for generate"),
     "generate": ("lightbulb.launcher.generate", "continue a prompt with a trained model"),
+    "export": ("lightbulb.launcher.export", "write a run's model as a Hugging Face folder, with a receipt"),
+    "import": ("lightbulb.launcher.import_model", "write a Hugging Face model as a run, with a receipt"),
     "report": ("lightbulb.launcher.report", "draw a run's curves and write report.html"),
     "parts": ("lightbulb.launcher.parts", "list the mixers, experts and modifiers a model can be made of"),
     "schema": ("lightbulb.launcher.schema", "print the JSON schema of a config file"),

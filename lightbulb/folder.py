@@ -143,6 +143,27 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def built_beside(out: Path) -> Iterator[Path]:
+    """A new folder beside ``out`` to fill; it gets that name when the block ends, and goes when the block fails.
+
+    Raises:
+        FolderError: there is something at ``out`` already, or it cannot be written.
+    """
+    with explained(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FolderError(errno.EEXIST, f"{out}: there is something already; choose another folder")
+        partial = out.absolute().with_name(f".{out.name}.{os.getpid()}.partial")
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        with explained(out):
+            partial.rename(out)
+            sync_folder(out.absolute().parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
 def explained(path: Path, need_bytes: int = 0) -> Iterator[None]:
     """Turn the system's refusal to write ``path`` into a sentence that names the path, the cause and the fix.
 

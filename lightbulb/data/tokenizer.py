@@ -70,7 +70,7 @@ class Tokenizer:
         self.digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
         vocabulary = self._inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        eos = _find_eos(vocabulary, eos, source)
+        self.eos = eos = _find_eos(vocabulary, eos, source)
         self.eos_id = vocabulary[eos]
         # Special tokens in a document are text. An end of text that the file does not call special becomes one.
         self._inner.add_special_tokens([AddedToken(eos, special=True, normalized=False)])

@@ -12,8 +12,9 @@ from lightbulb.experts.hf.families import family_named
 from lightbulb.experts.hf.family import Family, InteropError
 from lightbulb.experts.hf.folder import CONFIG, TOKENIZER, TensorFolder, read_values
 from lightbulb.experts.hf.links import LinkTable
-from lightbulb.experts.receipt import RECEIPT, read_receipt
-from lightbulb.models.language import LanguageConfig
+from lightbulb.experts.receipt import RECEIPT, Digests, digest, read_receipt
+from lightbulb.models.language import LanguageConfig, LanguageModel
+from lightbulb.nn.parameter import set_values
 from lightbulb.parallel.optimizer import MOMENTS
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError, newest_checkpoint
 from lightbulb.train.config import RunConfig
@@ -48,6 +49,14 @@ class Source(ABC):
             InteropError: missing or damaged, in a Hugging Face folder.
         """
 
+    @abstractmethod
+    def digests(self) -> Digests:
+        """Records of all tensors as they lie in the folder, under the names they have there; one at a time is read."""
+
+    def read_part(self, name: str, place: tuple[int, ...]) -> Tensor:
+        """What a logical tensor has at an index of its leading dimensions: one expert's matrix, say."""
+        return self.read(name)[place]
+
 
 class RunSource(Source):
     """The newest checkpoint of a run.
@@ -70,9 +79,17 @@ class RunSource(Source):
         return [name for name in self.checkpoint.manifest.tensors if not name.endswith(endings)]
 
     def read(self, name: str) -> Tensor:
+        return self.read_part(name, ())
+
+    def digests(self) -> Digests:
+        return {name: digest(self.read(name), record=True) for name in self.names()}
+
+    def read_part(self, name: str, place: tuple[int, ...]) -> Tensor:
         record = self.checkpoint.manifest.tensors.get(name)
         shape = tuple(record.shape) if record else ()
-        return self.checkpoint.read(name, tuple(slice(0, size) for size in shape), shape)
+        rest = (slice(0, size) for size in shape[len(place) :])
+        slices = (*(slice(index, index + 1) for index in place), *rest)
+        return self.checkpoint.read(name, slices, shape)[(0,) * len(place)]
 
 
 class HuggingFaceSource(Source):
@@ -111,6 +128,9 @@ class HuggingFaceSource(Source):
         except ValueError as error:
             raise InteropError(f"{self.path}: {error}") from None
 
+    def digests(self) -> Digests:
+        return {name: digest(self.folder.stored(name), record=True) for name in self.folder.files}
+
     def _check_rest(self) -> None:
         """What we have no place for must be nothing."""
         linked = set(self.table.their_shapes) - set(self.table.zeros)
@@ -127,6 +147,17 @@ class HuggingFaceSource(Source):
             if not may_be_zero or torch.count_nonzero(self.folder.read(name)):
                 why = "is not zero, and LightBulb's models have none" if may_be_zero else "is unknown"
                 raise InteropError(f"{self.path}: the tensor {name!r} {why}; this model cannot be imported")
+
+
+def build_model(source: Source, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """The whole model in float32 and evaluation mode, its weights rounded to ``dtype``."""
+    model, names = source.model_config.build(), set(source.names())
+    for name, parameter in model.named_parameters():
+        set_values(parameter, source.read(name).to(dtype).float())
+    for name, buffer in model.named_buffers():
+        if name in names:  # biases of routers, which decide where tokens go
+            buffer.copy_(source.read(name))
+    return model.eval().requires_grad_(False)
 
 
 def open_source(path: Path | str) -> Source:

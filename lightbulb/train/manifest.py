@@ -5,13 +5,14 @@ starts with a dot: ``.step-00001000.partial`` while it is written, ``.deleting``
 set aside. What a manifest says is checked before any of it is used.
 """
 
+import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -221,6 +222,24 @@ def write_manifest(folder: Path, values: dict[str, Any]) -> None:
     """Write a manifest and its digest, which finds a changed bit as the hashes in it do for the other files."""
     with explained(folder / MANIFEST):
         write_synced(folder / MANIFEST, orjson.dumps(values | {"digest": digest_of(values)}))
+
+
+def finish_checkpoint(
+    folder: Path, state: TrainState, files: dict[str, dict[str, Any]], tensors: dict[str, dict[str, Any]]
+) -> None:
+    """Write state and manifest of a checkpoint whose tensors are on disk.
+
+    Raises:
+        CheckpointError: parts are missing: found now, not when they are needed.
+    """
+    content = json.dumps(asdict(state), indent=1).encode()
+    with explained(folder):
+        write_synced(folder / STATE, content)
+    files = files | {STATE: entry(FileRecord(len(content), xxhash.xxh3_128(content).hexdigest()))}
+    fault_point("save.manifest", state.step)
+    manifest = Manifest.model_validate({"format": FORMAT, "step": state.step, "files": files, "tensors": tensors})
+    check_complete(folder, manifest.tensors)
+    write_manifest(folder, manifest.model_dump())
 
 
 def read_state(folder: Path) -> TrainState:

@@ -11,10 +11,7 @@ The folder gets its name when everything in it is on disk and the model read bac
 it was made of. Nothing is ever unpickled.
 """
 
-import errno
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +25,7 @@ from torch import Tensor, nn
 
 from lightbulb.config import describe, load_config
 from lightbulb.data.tokenizer import Tokenizer
-from lightbulb.folder import FolderError, explained, sync_folder, write_atomically
+from lightbulb.folder import built_beside, explained, write_atomically
 from lightbulb.models.language import LanguageModel
 from lightbulb.modifiers.packed import PackedLinear, is_packable, make_ready, pack, packed, packed_shapes, put
 from lightbulb.nn.parameter import keeper_of, logical_of, set_values, stored_values
@@ -103,8 +100,7 @@ def write_packed(
     before = sum(2 * math.prod(logical_of(layer.weight).local_shape()) for layer in layers.values())
     expected = model(tokens).float()
     pack(model, packing)
-    partial = _partial_folder(out)
-    try:
+    with built_beside(out) as partial:
         after = _write_files(model, run, partial, list(layers))
         found = _build(partial, packing, list(layers))[0](tokens).float()
         receipt = Receipt(
@@ -118,11 +114,6 @@ def write_packed(
                 f"from that of the quantised model, the bound is {bound:g}; raise --bound if this is near enough"
             )
         _write_manifest(partial, packing, list(layers), receipt)
-        with explained(out):
-            partial.rename(out)
-            sync_folder(out.absolute().parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return receipt
 
 
@@ -214,15 +205,6 @@ def _write_files(model: nn.Module, run: Path, folder: Path, layers: list[str]) -
     for name in (CONFIG, TOKENIZER):
         write_atomically(folder / name, (run / name).read_bytes())
     return packed_bytes
-
-
-def _partial_folder(out: Path) -> Path:
-    """A new folder beside ``out``, which gets its name when it is complete."""
-    with explained(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FolderError(errno.EEXIST, f"{out}: there is something already; choose another folder")
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
 
 
 def _write_manifest(folder: Path, packing: PackFormat, layers: list[str], receipt: Receipt) -> None:

@@ -8,21 +8,18 @@ communicate through the folder alone, so a checkpoint in flight survives an erro
 other for the outcome at step boundaries, and only while a save is in flight.
 """
 
-import json
 import logging
 import math
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import Tensor
 
 from lightbulb.folder import FolderError, check_writable, explained, sync_folder, write_atomically
@@ -31,18 +28,14 @@ from lightbulb.parallel.engine import Engine
 from lightbulb.train.boxes import Box, owned_boxes
 from lightbulb.train.faults import fault_point
 from lightbulb.train.manifest import (
-    FORMAT,
-    STATE,
-    Manifest,
     TrainState,
-    check_complete,
     entry,
+    finish_checkpoint,
     hidden_name,
     remove_old,
     step_folder,
-    write_manifest,
 )
-from lightbulb.train.tensor_file import FileRecord, sync_file, write_synced, write_tensors
+from lightbulb.train.tensor_file import sync_file, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -282,16 +275,9 @@ class _Writing(threading.Thread):
                 tensor = tensors.setdefault(item["name"], {"shape": item["shape"], "parts": []})
                 if all(item["part"]["start"] != part["start"] for part in tensor["parts"]):  # else a replica's
                     tensor["parts"].append(item["part"])
-        state = json.dumps(asdict(self.state), indent=1).encode()
-        with explained(partial):
-            write_synced(partial / STATE, state)
-        files[STATE] = entry(FileRecord(len(state), xxhash.xxh3_128(state).hexdigest()))
         for rank in range(self._world_size):
             (partial / _record_name(rank)).unlink()
-        fault_point("save.manifest", step)
-        manifest = Manifest.model_validate({"format": FORMAT, "step": step, "files": files, "tensors": tensors})
-        check_complete(partial, manifest.tensors)  # what no rank has written is found now, not when it is needed
-        write_manifest(partial, manifest.model_dump())
+        finish_checkpoint(partial, self.state, files, tensors)
         fault_point("save.rename", step)
         with explained(final):
             if final.exists():  # not by this run: it goes on from its newest checkpoint, and sets others aside

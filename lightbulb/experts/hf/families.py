@@ -5,10 +5,11 @@ from typing import Any
 from lightbulb.experts.hf.decoders import DECODERS, traits
 from lightbulb.experts.hf.family import Family, InteropError
 from lightbulb.experts.hf.mamba2 import MAMBA2, check_mamba
+from lightbulb.experts.hf.own import OWN
 from lightbulb.mixers.token.mamba import MambaConfig
 from lightbulb.models.language import LanguageConfig
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in [*DECODERS, MAMBA2]}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in [*DECODERS, MAMBA2, OWN]}
 """By the ``model_type`` of config.json."""
 
 REASONS = {

@@ -50,7 +50,11 @@ class TensorFolder:
         self.files = self._find()
 
     def read(self, name: str) -> Tensor:
-        """A tensor in float32.
+        """A tensor in float32; errors as :meth:`stored`."""
+        return self.stored(name).float()
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it lies there.
 
         Raises:
             InteropError: missing, unreadable, no floating-point numbers, or not what its receipt says.
@@ -68,7 +72,7 @@ class TensorFolder:
                 f"{self.path}: {name!r} is not what was written there, as receipt.json says; {AGAIN}, or remove "
                 "receipt.json if the change was meant"
             )
-        return values.float()
+        return values
 
     def _find(self) -> dict[str, str]:
         if not self.path.is_dir():

@@ -83,11 +83,16 @@ class LinkTable:
             result[link.place] = self._part(link, read)
         return result
 
-    def theirs(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        """Their tensor in float32 from ours, which ``read`` gives."""
+    def theirs(self, name: str, read: Callable[[str, tuple[int, ...]], Tensor]) -> Tensor:
+        """Their tensor in float32 from ours.
+
+        Args:
+            name: of theirs.
+            read: gives what a tensor of ours has at an index of its leading dimensions.
+        """
         if name in self.zeros:
             return torch.zeros(self.zeros[name])
-        parts = [read(link.ours)[link.place] * link.factor for link in self._of_theirs[name]]
+        parts = [read(link.ours, link.place) * link.factor for link in self._of_theirs[name]]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self.their_shapes[name])
 
     @property

@@ -1,0 +1,98 @@
+"""A LightBulb model behind transformers' classes, for `trust_remote_code=True`; it needs the package lightbulb.
+
+It has no cache: every new token is computed with all before it. Left and right padding are told apart from text by the
+attention mask.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+import lightbulb.modifiers  # noqa: F401  (registers what a config can name)
+from lightbulb.config import build_config
+from lightbulb.models.language import LanguageConfig
+from lightbulb.nn.parameter import annotate, logical_of
+
+
+class LightBulbConfig(PretrainedConfig):
+    """transformers' view of a :class:`LanguageConfig`, which is the section ``lightbulb``."""
+
+    model_type = "lightbulb"
+
+    def __init__(self, lightbulb: dict[str, Any] | None = None, **others: Any):
+        self.lightbulb = lightbulb
+        super().__init__(**others)
+
+    def language_config(self) -> LanguageConfig:
+        """Our config.
+
+        Raises:
+            ConfigError: it does not describe a model.
+        """
+        return build_config(LanguageConfig, self.lightbulb or {}, "config.json: lightbulb")
+
+
+class LightBulbForCausalLM(PreTrainedModel, GenerationMixin):
+    """A :class:`LanguageModel` that transformers can load and generate with."""
+
+    config_class = LightBulbConfig
+    config: LightBulbConfig
+    _supports_sdpa = True  # attention picks its own kernel
+
+    def __init__(self, config: LightBulbConfig):
+        super().__init__(config)
+        self.model = config.language_config().build()
+        kept = [name for name, parameter in self.model.named_parameters() if logical_of(parameter).keep_fp32]
+        self._keep_in_fp32_modules_strict = {name.rpartition(".")[0] for name in kept}
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """As transformers' own; it makes new parameters, which must know again what they are."""
+        loaded = super().from_pretrained(*args, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        with torch.device("meta"):
+            plain = dict(model.config.language_config().build().named_parameters())
+        for name, parameter in model.model.named_parameters():
+            annotate(parameter, logical_of(plain[name]))
+        return loaded
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> CausalLMOutput | tuple[Tensor, ...]:
+        """Logits ``[batch, length, vocab]`` of ``input_ids [batch, length]``, and the loss of labels if there are any.
+
+        Padding and text see each other no more than two documents do.
+        """
+        documents = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            documents = attention_mask.long().diff(dim=1, prepend=attention_mask[:, :1]).abs().cumsum(1)
+        logits = self.model(input_ids, document_ids=documents)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        if return_dict is False:
+            return (logits,) if loss is None else (loss, logits)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> dict[str, Any]:
+        """The whole sequence every time."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The embedding's module."""
+        return self.model.embedding
+
+
+AutoConfig.register("lightbulb", LightBulbConfig, exist_ok=True)
+AutoModelForCausalLM.register(LightBulbConfig, LightBulbForCausalLM, exist_ok=True)
