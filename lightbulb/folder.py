@@ -111,28 +111,6 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         sync_folder(path.parent)
 
 
-@contextmanager
-def built_beside(out: Path) -> Iterator[Path]:
-    """A new folder beside ``out``, which gets its name when the block ends well, and else is removed.
-
-    Raises:
-        FolderError: there is something at ``out`` already, or it cannot be written.
-    """
-    with explained(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FolderError(errno.EEXIST, f"{out}: there is something already; choose another folder")
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
-    try:
-        yield partial
-        with explained(out):
-            partial.chmod(0o755)
-            partial.rename(out)
-            sync_folder(out.absolute().parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def sync_folder(folder: Path) -> None:
     """Wait until the folder's entries (creations, renames) are on disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -8,10 +8,9 @@ order of sources does not show. Draws are functions of (seed, layer, expert, mat
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -24,25 +23,14 @@ from lightbulb.experts.mixture_model import (
     mixture_config,
     mixture_layers,
 )
+from lightbulb.experts.run_folder import Piece, part_at, router_state, shapes_of, whole
 from lightbulb.experts.source import Source
 from lightbulb.experts.upcycle_config import UpcycleConfig
 from lightbulb.mixers.token.attention import AttentionConfig
 from lightbulb.models.language import LanguageConfig
-from lightbulb.nn.parameter import logical_of
-from lightbulb.routing.router import Router
 
 _GATED = ("gate", "up")
 _OUTPUT = "down.weight"
-
-
-class Piece(NamedTuple):
-    """A box of a logical tensor: its first index and extent, and what makes its values."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-    values: Callable[[], Tensor]
 
 
 @dataclass
@@ -115,25 +103,18 @@ class Merge:
 
     def pieces(self) -> Iterator[Piece]:
         """All pieces of the mixture's checkpoint."""
-        with torch.device("meta"):
-            model = self.mixture.build()
-        for name, parameter in model.named_parameters():
-            yield from self._pieces_of(name, logical_of(parameter).shape)
-        for name, module in model.named_modules():
-            if isinstance(module, Router):
-                for key, value in module.named_buffers():
-                    fill = 1.0 / module.num_experts if key == "load" else 0.0
-                    yield _whole(f"{name}.{key}", tuple(value.shape), partial(torch.full, tuple(value.shape), fill))
+        for name, shape in shapes_of(self.mixture).items():
+            yield from self._pieces_of(name, shape)
+        known = set.intersection(*(set(source.names()) for source in self.sources))
+        yield from router_state(self.mixture, self.trunk, known)
 
     def trunk(self, name: str) -> Tensor:
         """A tensor that is no expert's: the average of the sources', or the seed model's."""
         if self.seed_model is not None and self.config.trunk == "seed_model":
             return self.seed_model.read(name).float()
         weights = [source.tokens or 1 for source in self.config.sources]
-        total = torch.zeros(self.shapes[name], dtype=torch.float64)
-        for weight, source in zip(weights, self.sources, strict=True):
-            total.add_(source.read(name), alpha=weight)
-        return total.div_(sum(weights)).float()
+        parts = (source.read(name).double() * weight for weight, source in zip(weights, self.sources, strict=True))
+        return (reduce(Tensor.add_, parts) / sum(weights)).float()
 
     def expert_model(self, name: str, source: int) -> Tensor:
         """A tensor of the dense model that the mixture is where every token goes to one source's experts."""
@@ -159,14 +140,14 @@ class Merge:
             self.mixed_layers if part == "channel" else self.attention_layers if part == "token" else ()
         )
         if not is_mixed or not rest.startswith(_OWN[part]):
-            yield _whole(name, shape, partial(self.trunk, name))
+            yield whole(name, shape, partial(self.trunk, name))
         elif rest == "router.weight":
-            yield _whole(name, shape, partial(self._router, name, shape))
+            yield whole(name, shape, partial(self._router, name, shape))
         elif part == "token":
             for expert in range(shape[0]):
-                yield _slice(name, shape, (expert,), partial(self._head, layer, rest, expert))
+                yield part_at(name, shape, (expert,), partial(self._head, layer, rest, expert))
         elif rest.startswith("shared.0."):
-            yield _whole(name, shape, partial(self.trunk, f"blocks.{layer}.channel.{rest.removeprefix('shared.0.')}"))
+            yield whole(name, shape, partial(self.trunk, f"blocks.{layer}.channel.{rest.removeprefix('shared.0.')}"))
         else:
             yield from self._experts(name, shape, layer, rest)
 
@@ -175,10 +156,10 @@ class Merge:
         for expert in range(shape[0]):
             if rest == "experts.gate_up.weight":
                 for part, matrix in enumerate(_GATED):
-                    yield _slice(name, shape, (expert, part), partial(self._matrix, layer, f"{matrix}.weight", expert))
+                    yield part_at(name, shape, (expert, part), partial(self._matrix, layer, f"{matrix}.weight", expert))
             else:
                 matrix = rest.removeprefix("experts.").removeprefix("each.")
-                yield _slice(name, shape, (expert,), partial(self._matrix, layer, matrix, expert))
+                yield part_at(name, shape, (expert,), partial(self._matrix, layer, matrix, expert))
 
     def _matrix(self, layer: int, matrix: str, expert: int) -> Tensor:
         """One expert's part of a source's channel mixer."""
@@ -257,12 +238,6 @@ def keyed(seed: int, layer: int, expert: int, matrix: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def shapes_of(model: LanguageConfig) -> dict[str, tuple[int, ...]]:
-    """Logical tensors of a model."""
-    with torch.device("meta"):
-        return {name: logical_of(parameter).shape for name, parameter in model.build().named_parameters()}
-
-
 def _check_shapes(first: dict[str, tuple[int, ...]], other: dict[str, tuple[int, ...]], name: str) -> None:
     for tensor in [*first, *(tensor for tensor in other if tensor not in first)]:
         mine, theirs = first.get(tensor), other.get(tensor)
@@ -281,14 +256,3 @@ def _place(name: str) -> tuple[int, str, str]:
     """Layer, part and name within it; layer -1 of what belongs to no layer."""
     names = name.split(".", 3)
     return (int(names[1]), names[2], names[3]) if names[0] == "blocks" and len(names) == 4 else (-1, "", name)
-
-
-def _whole(name: str, shape: tuple[int, ...], values: Callable[[], Tensor]) -> Piece:
-    return Piece(name, shape, (0,) * len(shape), shape, values)
-
-
-def _slice(name: str, shape: tuple[int, ...], index: tuple[int, ...], values: Callable[[], Tensor]) -> Piece:
-    """The part of a tensor at the first indices."""
-    depth = len(index)
-    start, size = index + (0,) * (len(shape) - depth), (1,) * depth + shape[depth:]
-    return Piece(name, shape, start, size, lambda: values().reshape(size))

@@ -1,27 +1,82 @@
 """A run folder whose one checkpoint nobody trained: what an import or an upcycling writes.
 
-It has no moments and has seen no data, so it is read by ``start_from``, ``lightbulb generate`` and whatever else reads
-a run, on any layout, but is not a run that could be continued where it is.
+Values are written piece by piece as they are made, with memory for one. There are no moments and no place in any data:
+``start_from`` reads the model on any layout, and so does whatever reads a run; training in the folder itself begins
+with moments of zero and with the data's first sample.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightbulb.config import build_config, save_config
-from lightbulb.experts.hf.folder import in_shards
 from lightbulb.experts.receipt import Digests, digest
+from lightbulb.folder import explained, sync_folder
 from lightbulb.models.language import LanguageConfig
+from lightbulb.nn.parameter import logical_of
+from lightbulb.routing.router import Router
 from lightbulb.train.config import RunConfig
 from lightbulb.train.manifest import TrainState, entry, finish_checkpoint, step_folder
-from lightbulb.train.tensor_file import ITEM, sync_file, write_tensors
+from lightbulb.train.tensor_file import stream_tensors, sync_file
 
-SHARD_BYTES = 1 << 30
+MODEL = "model-rank0000.safetensors"
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """A box of a logical tensor: its first index and extent, and what makes its values."""
+
+    name: str
+    shape: Shape
+    start: Shape
+    size: Shape
+    values: Callable[[], Tensor]
+
+    @property
+    def key(self) -> str:
+        """Its name in the file."""
+        return self.name if self.size == self.shape else f"{self.name}@{','.join(map(str, self.start))}"
+
+
+def whole(name: str, shape: Shape, values: Callable[[], Tensor]) -> Piece:
+    """A logical tensor in one piece."""
+    return Piece(name, shape, (0,) * len(shape), shape, values)
+
+
+def part_at(name: str, shape: Shape, index: Shape, values: Callable[[], Tensor]) -> Piece:
+    """What a logical tensor has at an index of its leading dimensions; the values come without them."""
+    start, size = index + (0,) * (len(shape) - len(index)), (1,) * len(index) + shape[len(index) :]
+    return Piece(name, shape, start, size, lambda: values().reshape(size))
+
+
+def whole_pieces(model: LanguageConfig, read: Callable[[str], Tensor], known: Iterable[str]) -> Iterator[Piece]:
+    """All of a model: parameters as they are read, and the state of its routers (:func:`router_state`)."""
+    for name, shape in shapes_of(model).items():
+        yield whole(name, shape, partial(read, name))
+    yield from router_state(model, read, set(known))
+
+
+def router_state(model: LanguageConfig, read: Callable[[str], Tensor], known: set[str]) -> Iterator[Piece]:
+    """The buffers of a model's routers: loads as before the first step, biases as they are read, else of zero."""
+    with torch.device("meta"):
+        routers = [(name, part) for name, part in model.build().named_modules() if isinstance(part, Router)]
+    for name, router in routers:
+        for key, buffer in router.named_buffers(prefix=name):
+            shape = tuple(buffer.shape)
+            fill = 1.0 / router.num_experts if key.endswith(".load") else 0.0
+            is_read = key in known and not key.endswith(".load")
+            yield whole(key, shape, partial(read, key) if is_read else partial(torch.full, shape, fill))
+
+
+def shapes_of(model: LanguageConfig) -> dict[str, Shape]:
+    """The logical tensors that are parameters of a model."""
+    with torch.device("meta"):
+        return {name: logical_of(parameter).shape for name, parameter in model.build().named_parameters()}
 
 
 def untrained_config(run: Path, model: LanguageConfig, data: Path, name: str = "config") -> RunConfig:
@@ -30,61 +85,50 @@ def untrained_config(run: Path, model: LanguageConfig, data: Path, name: str = "
     return build_config(RunConfig, {"run": str(run), "model": model, "data": {"path": str(data)}, "train": train}, name)
 
 
-def write_run(
-    folder: Path, config: RunConfig, shapes: Shapes, read: Callable[[str], Tensor], tokenizer: str, size: int
-) -> Digests:
+def write_run(folder: Path, config: RunConfig, pieces: Iterable[Piece], tokenizer: str | None) -> Digests:
     """Write config, tokenizer and checkpoint into a folder.
 
     Args:
         folder: to write into; it need not be ``config.run`` yet.
         config: of the run.
-        shapes: of all logical tensors. Routers' loads, and biases that are missing, are added: uniform, and zero.
-        read: gives a tensor in float32.
-        tokenizer: content of its ``tokenizer.json``.
-        size: bytes of a file at most, if no tensor alone is larger; so much memory is used.
+        pieces: of all logical tensors, routers' loads and biases among them, in float32.
+        tokenizer: content of its ``tokenizer.json``; None where there is none.
 
     Returns:
-        What was written.
+        A record of every piece.
+
+    Raises:
+        FolderError: the disk is full or the folder cannot be written.
+        CheckpointError: the pieces are not all of their tensors.
     """
-    extra = router_state(config.model, shapes)
-    shapes = {**shapes, **{name: tuple(values.shape) for name, values in extra.items()}}
-    checkpoint = step_folder(folder, 0)
-    checkpoint.mkdir(parents=True)
-    files: dict[str, Any] = {}
-    tensors: dict[str, Any] = {}
+    keyed = {piece.key: piece for piece in pieces}
     digests: Digests = {}
-    for number, names in enumerate(in_shards(shapes, ITEM, size)):
-        file = f"model-rank{number:04d}.safetensors"
-        values = {name: extra[name] if name in extra else read(name) for name in names}
-        files[file] = entry(write_tensors(checkpoint / file, values))
-        sync_file(checkpoint / file)
-        for name, tensor in values.items():
-            shape = list(shapes[name])
-            part = {"file": file, "key": name, "start": [0] * len(shape), "shape": list(tensor.shape)}
-            tensors[name] = {"shape": shape, "parts": [part]}
-            digests[name] = digest(tensor, record=True)
+
+    def values() -> Iterator[Tensor]:
+        for key, piece in keyed.items():
+            tensor = piece.values()
+            digests[key] = digest(tensor, record=True)
+            yield tensor
+
+    checkpoint = step_folder(folder, 0)
+    with explained(checkpoint):
+        checkpoint.mkdir(parents=True)
+    record = stream_tensors(checkpoint / MODEL, {key: piece.size for key, piece in keyed.items()}, values())
+    sync_file(checkpoint / MODEL)
+    tensors: dict[str, Any] = {}
+    for key, piece in keyed.items():
+        part = {"file": MODEL, "key": key, "start": list(piece.start), "shape": list(piece.size)}
+        tensors.setdefault(piece.name, {"shape": list(piece.shape), "parts": []})["parts"].append(part)
     state = TrainState(
         step=0, tokens=0, optimizer_step=0, skipped_steps=0, loader={}, config=config.model_dump(mode="json"),
         layout="none",
     )  # fmt: skip
-    finish_checkpoint(checkpoint, state, files, tensors)
-    (checkpoint.parent / "latest").write_text(checkpoint.name)
-    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    save_config(config, folder / "config.yaml")
+    finish_checkpoint(checkpoint, state, {MODEL: entry(record)}, tensors)
+    with explained(folder):
+        (checkpoint.parent / "latest").write_text(checkpoint.name)
+        if tokenizer is not None:
+            (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+        save_config(config, folder / "config.yaml")
+        sync_folder(checkpoint.parent)
+        sync_folder(folder)
     return digests
-
-
-def router_state(model: LanguageConfig, known: Shapes) -> dict[str, Tensor]:
-    """The buffers of a model's routers that are not known: loads as before the first step, biases of zero."""
-    values: dict[str, Tensor] = {}
-    for name, num_experts in model.routers().items():
-        values[f"{name}.load"] = torch.full((num_experts,), 1.0 / num_experts)
-        values[f"{name}.bias"] = torch.zeros(num_experts)
-    wanted = model_buffers(model)
-    return {name: tensor for name, tensor in values.items() if name in wanted and name not in known}
-
-
-def model_buffers(model: LanguageConfig) -> set[str]:
-    """Names of the buffers of a whole model."""
-    with torch.device("meta"):
-        return {name for name, _ in model.build().named_buffers()}

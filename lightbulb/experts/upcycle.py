@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lightbulb.config import ConfigError
 from lightbulb.data.config import DataConfig
-from lightbulb.experts.first_checkpoint import write_first_checkpoint
-from lightbulb.experts.pieces import Merge, shapes_of
+from lightbulb.data.tokenizer import Tokenizer
+from lightbulb.experts.cluster_text import contexts_of, random_contexts
+from lightbulb.experts.pieces import Merge
 from lightbulb.experts.receipt import (
     Comparison,
     Digests,
@@ -30,14 +31,16 @@ from lightbulb.experts.receipt import (
     write_receipt,
 )
 from lightbulb.experts.router_start import dense_model, filled, learned_routers
+from lightbulb.experts.run_folder import shapes_of, write_run
 from lightbulb.experts.source import RunSource, Source, open_source
-from lightbulb.experts.texts import contexts_of, corpus_contexts, random_contexts
+from lightbulb.experts.text import held_out_text, tokens_of
 from lightbulb.experts.upcycle_config import UpcycleConfig, gates_sum_to_one
 from lightbulb.folder import built_beside
 from lightbulb.train.checkpoint import Checkpoint
 from lightbulb.train.config import RunConfig, TrainConfig
 from lightbulb.train.manifest import step_folder
 
+RANDOM_TOKENS = 256
 DATA = Path("data")
 """Corpus of a run none of whose sources has one, to be set before it is trained."""
 
@@ -68,8 +71,9 @@ def upcycle(config: UpcycleConfig) -> Receipt:
         merge.compare_with_seed()
         if config.router_start.kind != "random":
             merge.routers = learned_routers(merge, _cluster_texts(merge))
-        tokenizer = sources[0].tokenizer_path
-        tensors_out = write_first_checkpoint(folder, run_config(merge), merge.pieces(), tokenizer)
+        tokenizer = next((source.tokenizer_path for source in sources if source.tokenizer_path.is_file()), None)
+        content = tokenizer.read_text("utf-8") if tokenizer else None
+        tensors_out = write_run(folder, run_config(merge), merge.pieces(), content)
         comparison, routers = _run_on_text(merge, folder, reference)
         if comparison is not None:
             comparison.check(str(out))
@@ -141,7 +145,7 @@ def _reference(merge: Merge, digests: Digests) -> Reference:
 
 def _run_on_text(merge: Merge, folder: Path, reference: Reference) -> tuple[Comparison | None, dict[str, RouterRecord]]:
     """Read back what was written, run it and the dense model on text."""
-    if merge.config.compare_tokens == 0:
+    if not merge.config.compare:
         return None, {}
     text = _comparison_text(merge)
     checkpoint = Checkpoint(step_folder(folder, 0))
@@ -150,7 +154,7 @@ def _run_on_text(merge: Merge, folder: Path, reference: Reference) -> tuple[Comp
     def read(name: str) -> Tensor:
         return checkpoint.read(name, tuple(slice(0, size) for size in shapes[name]), shapes[name])
 
-    tokens = torch.tensor(text.token_ids)
+    tokens = tokens_of(text)
     model = filled(merge.mixture.build(), read)
     with watching_routers(model) as routers, torch.no_grad():
         found = model(tokens)
@@ -163,24 +167,20 @@ def _run_on_text(merge: Merge, folder: Path, reference: Reference) -> tuple[Comp
 
 
 def _comparison_text(merge: Merge) -> Text:
-    """Contexts of one length: held out, else of the clusters, else no text."""
+    """Rows of one length: held out, else of the clusters, else any text that the tokenizer reads."""
     config, model, run = merge.config, merge.dense, _first_run(merge.sources)
-    path = config.data.path if config.data else None
-    clusters = config.clusters or config.sources
-    if path is not None:
-        name, contexts = (
-            f"{path} (held out)",
-            corpus_contexts(path.expanduser(), "held_out", model, config.compare_tokens),
-        )
-    elif any(cluster.prompts or cluster.text for cluster in clusters):
-        name, contexts = "text of the clusters", [ids for part in _cluster_texts(merge) for ids in part]
-    elif run is not None and (run.data.path.expanduser() / "manifest.json").is_file():
-        name = f"{run.data.path} (held out)"
-        contexts = corpus_contexts(run.data.path.expanduser(), "held_out", model, config.compare_tokens)
-    else:
-        name, contexts = "random ids, no text", random_contexts(model, config.compare_tokens, config.seed)
-    length = min(map(len, contexts))
-    return Text(source=name, token_ids=[ids[:length] for ids in contexts][: max(1, config.compare_tokens // length)])
+    tokenizer = merge.sources[0].tokenizer_path
+    data = config.data or (run.data if run else None)
+    is_corpus = data is not None and (data.path.expanduser() / "manifest.json").is_file()
+    if data is not None and (is_corpus or config.data):
+        return held_out_text(Tokenizer.load(tokenizer), data.path.expanduser(), model.context_length)
+    if any(cluster.prompts or cluster.text for cluster in config.clusters or config.sources):
+        contexts = [ids for cluster in _cluster_texts(merge) for ids in cluster]
+        length = min(map(len, contexts))
+        return Text(source="text of the clusters", token_ids=[ids[:length] for ids in contexts])
+    if tokenizer.is_file():
+        return held_out_text(Tokenizer.load(tokenizer), None, model.context_length)
+    return Text(source="random ids, no text", token_ids=random_contexts(model, RANDOM_TOKENS, config.seed))
 
 
 def _cluster_texts(merge: Merge) -> list[list[list[int]]]:

@@ -99,9 +99,9 @@ class UpcycleConfig(Config):
     """Corpus of the run; None for the first source's."""
     train: TrainConfig | None = None
     """Training settings of the run; None for the first source's."""
-    compare_tokens: int = Field(1024, ge=0)
-    """Tokens on which the result is run, for its routers' loads and its difference to the dense model; 0 for none,
-    where the model does not fit into memory."""
+    compare: bool = True
+    """Run the result on text, for its routers' loads and its difference to the dense model. Both models, one after the
+    other, must fit into memory."""
     bound: float = Field(1e-4, gt=0)
     """Greatest difference of a logit where the result must equal the dense model."""
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from lightbulb.config import build_config
-from lightbulb.experts.first_checkpoint import write_first_checkpoint
-from lightbulb.experts.pieces import Piece
+from lightbulb.experts import run_folder
+from lightbulb.experts.run_folder import whole
 from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.nn.parameter import initialise, logical_of
 from lightbulb.routing.router import Router
@@ -46,12 +46,9 @@ def write_run(folder: Path, model: dict[str, Any], values: dict[str, torch.Tenso
         "run": str(folder), "model": model, "data": {"path": "data/none"},
         "train": {"steps": 2, "global_batch_size": 8, "micro_batch_size": 1, "precision": "fp32"},
     })  # fmt: skip
-    pieces = [
-        Piece(name, tuple(v.shape), (0,) * v.dim(), tuple(v.shape), partial(torch.clone, v))
-        for name, v in values.items()
-    ]
+    pieces = [whole(name, tuple(v.shape), partial(torch.clone, v)) for name, v in values.items()]
     folder.mkdir(parents=True)
-    write_first_checkpoint(folder, config, pieces, folder / "none")
+    run_folder.write_run(folder, config, pieces, None)
     return folder
 
 

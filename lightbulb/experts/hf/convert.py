@@ -1,7 +1,8 @@
 """Export to Hugging Face and import from there, each with a receipt against transformers.
 
-Weights are converted tensor by tensor, with one file's worth in memory. Then both models are loaded, one after the
-other, and compared in float32; the result gets its name when no logit differs by more than the bound.
+Weights are converted tensor by tensor, with memory for a file of the export or a tensor of the import. Then both models
+are loaded, one after the other, and compared in float32; the result gets its name when no logit differs by more than
+the bound.
 """
 
 import gc
@@ -32,7 +33,7 @@ from lightbulb.experts.receipt import (
     watching_routers,
     write_receipt,
 )
-from lightbulb.experts.run_folder import untrained_config, write_run
+from lightbulb.experts.run_folder import untrained_config, whole_pieces, write_run
 from lightbulb.experts.source import HuggingFaceSource, RunSource, Source, build_model
 from lightbulb.experts.text import held_out_text, tokens_of
 from lightbulb.folder import built_beside, write_atomically
@@ -120,8 +121,8 @@ def import_model(folder: Path, run: Path, options: Options) -> Receipt:
     text = held_out_text(tokenizer, options.data, source.model_config.context_length)
     with built_beside(run) as partial:
         config = untrained_config(run, source.model_config, options.data or Path("data"), str(folder))
-        shapes, content = source.table.shapes, source.tokenizer_path.read_text("utf-8")
-        written = write_run(partial, config, shapes, source.read, content, options.shard_bytes)
+        pieces = whole_pieces(source.model_config, source.read, source.names())
+        written = write_run(partial, config, pieces, source.tokenizer_path.read_text("utf-8"))
         for name in TOKENIZER_EXTRAS:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)

@@ -1,11 +1,11 @@
-"""Token ids to run a model on: of a prepared corpus, of prompts, or drawn where there is no text."""
+"""Token ids of a cluster's text: of a prepared corpus, or of prompts; ids that are no text where there is none."""
 
 from pathlib import Path
 
 import torch
 
 from lightbulb.config import ConfigError
-from lightbulb.data.corpus import Corpus, Split
+from lightbulb.data.corpus import Corpus
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.experts.upcycle_config import SourceConfig
 from lightbulb.models.language import LanguageConfig
@@ -37,12 +37,12 @@ def contexts_of(
     path = source.text or own
     if path is None:
         raise ConfigError(f"{source.path}: learned routers need text of its domain; give it text (a corpus) or prompts")
-    return corpus_contexts(path.expanduser(), "train", model, tokens)
+    return _corpus_contexts(path.expanduser(), model, tokens)
 
 
-def corpus_contexts(path: Path, split: Split, model: LanguageConfig, tokens: int) -> list[list[int]]:
-    """Rows of a corpus, evenly spaced, of about so many tokens in all."""
-    corpus = Corpus(path, split, model.context_length, model.vocab_size)
+def _corpus_contexts(path: Path, model: LanguageConfig, tokens: int) -> list[list[int]]:
+    """Rows that are trained on, evenly spaced, of about so many tokens in all."""
+    corpus = Corpus(path, "train", model.context_length, model.vocab_size)
     count = min(len(corpus), -(-tokens // model.context_length))
     rows = [corpus[number * len(corpus) // count] for number in range(count)]
     return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents in rows]
