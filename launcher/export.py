@@ -68,6 +68,7 @@ def parse_size(text: str) -> int:
 def show(receipt: Receipt, out: Path) -> None:
     """Print a receipt."""
     found = receipt.comparison
+    assert found is not None  # exports and imports always compare
     print(f"{out}: {receipt.architecture}, {receipt.parameters_out:,} parameters in {len(receipt.tensors_out)} tensors")
     for note in receipt.notes:
         print(f"note: {note}")

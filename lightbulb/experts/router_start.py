@@ -5,9 +5,9 @@ A router's rows are made of its inputs on text of each cluster: the cluster's me
 embedding (``embedding``, as mergekit's cheap gates). The inputs are those of the mixture in which every token of a
 cluster goes to the cluster's own experts: a dense model for each source, so that no router is needed to make routers.
 
-A linear router has no constant term, but its normed inputs have a mean m, and ``m / |m|^2`` gives every token about 1:
-added to a row, multiples of it shift the expert's logit. :func:`balanced` finds the shifts with which all experts get
-their share of the text.
+A linear router has no constant term, but its inputs have a direction that all tokens share, whose product with each is
+about 1 (by ridge regression): added to a row, multiples of it shift the expert's logit. :func:`balanced` finds the
+shifts with which all experts get their share of the text.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +80,7 @@ def _rows(parts: list[Tensor], start: RouterStart, top_k: int) -> Tensor:
         rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     logits = x @ rows.t()
     rows = rows * (start.scale / (logits - logits.mean(0)).std().clamp_min(1e-12))
-    return (balanced(rows, x, weights, min(top_k, len(parts))) if start.balance else rows).float()
+    return (balanced(rows, x, weights, min(top_k, len(parts)), start.ridge) if start.balance else rows).float()
 
 
 def _ridge(x: Tensor, cluster: Tensor, weights: Tensor, ridge: float) -> Tensor:
@@ -88,13 +88,18 @@ def _ridge(x: Tensor, cluster: Tensor, weights: Tensor, ridge: float) -> Tensor:
     weight = weights.sum(0) / len(weights)
     centred = x - weight @ x
     target = nn.functional.one_hot(cluster, len(weights)).double() - 1 / len(weights)
-    covariance = centred.t() @ (centred * weight[:, None])
-    penalty = ridge * covariance.diagonal().mean().clamp_min(1e-12)
-    wanted = centred.t() @ (target * weight[:, None])
-    return torch.linalg.solve(covariance + penalty * torch.eye(len(covariance), dtype=x.dtype), wanted).t()
+    return _regression(centred, target, weight, ridge).t()
 
 
-def balanced(rows: Tensor, x: Tensor, weights: Tensor, top_k: int) -> Tensor:
+def _regression(x: Tensor, target: Tensor, weight: Tensor, ridge: float) -> Tensor:
+    """``[dim, targets]`` whose product with ``x [tokens, dim]`` is nearest to ``target [tokens, targets]``."""
+    weighted = (x * weight[:, None]).t()
+    square = weighted @ x
+    penalty = ridge * square.diagonal().mean().clamp_min(1e-12)
+    return torch.linalg.solve(square + penalty * torch.eye(len(square), dtype=x.dtype), weighted @ target)
+
+
+def balanced(rows: Tensor, x: Tensor, weights: Tensor, top_k: int, ridge: float) -> Tensor:
     """Rows whose top-k selections on ``x [tokens, dim]`` are spread evenly, by a shift of each expert's logit.
 
     Args:
@@ -102,13 +107,13 @@ def balanced(rows: Tensor, x: Tensor, weights: Tensor, top_k: int) -> Tensor:
         x: inputs.
         weights: ``[clusters, tokens]`` weight of each token in its cluster; every cluster counts alike.
         top_k: experts of a token.
+        ridge: penalty of the direction that tokens share.
     """
     experts = len(rows)
     if top_k >= experts:
         return rows
     weight = weights.sum(0) / weights.sum()
-    mean = weight @ x
-    direction = mean / mean.square().sum().clamp_min(1e-12)
+    direction = _regression(x, torch.ones(len(x), 1, dtype=x.dtype), weight, ridge)[:, 0]
     logits, constant = x @ rows.t(), (x @ direction)[:, None]
     shift, step = torch.zeros(experts, dtype=x.dtype), logits.std()
     best, best_shift = float("inf"), shift
@@ -148,7 +153,9 @@ def _top_k(merge: Merge, name: str) -> int:
 
 
 def _embeddings(model: LanguageModel, contexts: list[list[int]]) -> dict[str, Tensor]:
-    return {"": torch.cat([model.embedding.weight[torch.tensor(ids)] for ids in contexts])}
+    """Embeddings of the size that norms give to inputs."""
+    x = torch.cat([model.embedding.weight[torch.tensor(ids)] for ids in contexts])
+    return {"": x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)}
 
 
 def _hidden_states(model: LanguageModel, contexts: list[list[int]]) -> dict[str, Tensor]:

@@ -1,0 +1,166 @@
+"""Routers learned from text before training: they know the clusters, and no expert is idle."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from dense_runs import MODEL, make_run, model_of, tensor
+
+from lightbulb.config import ConfigError, build_config
+from lightbulb.data.tokenizer import Tokenizer
+from lightbulb.data_prep.config import CorpusConfig
+from lightbulb.data_prep.pipeline import preprocess
+from lightbulb.data_prep.write import run
+from lightbulb.data_prep.writer import ShardWriter
+from lightbulb.experts.cluster_text import contexts_of
+from lightbulb.experts.receipt import RECEIPT, read_receipt, watching_routers
+from lightbulb.experts.router_start import balanced
+from lightbulb.experts.upcycle import upcycle
+from lightbulb.experts.upcycle_config import SourceConfig, UpcycleConfig
+
+SIGNS = ["0123456789 ", "abcdefgh ", "QRSTUVWX "]
+WIDE = MODEL | {"vocab_size": 300, "dim": 32}
+
+
+class InProcessWriter(ShardWriter):
+    def start(self):
+        pass
+
+    def write(self, job, progress):
+        return run(job, progress)
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory) -> list[Path]:
+    """Three corpora whose texts share no letter, with one tokenizer."""
+    folder, generator = tmp_path_factory.mktemp("domains"), random.Random(0)
+    Tokenizer.train(SIGNS, 257).save(folder / "tokenizer.json")
+    corpora = []
+    for number, signs in enumerate(SIGNS):
+        (folder / f"text-{number}").mkdir()
+        for i in range(20):
+            (folder / f"text-{number}" / f"{i}.txt").write_text("".join(generator.choices(signs, k=150)))
+        values = {
+            "output": str(folder / f"corpus-{number}"),
+            "context_length": WIDE["context_length"],
+            "held_out_fraction": 0.2,
+            "tokenizer": {"path": str(folder / "tokenizer.json")},
+            "sources": [{"type": "text", "domain": "all", "path": str(folder / f"text-{number}")}],
+        }
+        preprocess(build_config(CorpusConfig, values), InProcessWriter())
+        corpora.append(folder / f"corpus-{number}")
+    return corpora
+
+
+def branches(folder: Path, domains) -> list[dict]:
+    """Branches of one seed, and the text of each."""
+    paths = [make_run(folder / f"b{number}", WIDE, number + 1, 0.02) for number in range(len(domains))]
+    for path, corpus in zip(paths, domains, strict=True):
+        shutil.copyfile(corpus / "tokenizer.json", path / "tokenizer.json")
+    return [{"path": str(path), "text": str(corpus)} for path, corpus in zip(paths, domains, strict=True)]
+
+
+def mixed(folder: Path, sources, kind, **settings) -> Path:
+    start = {"kind": kind} | settings.pop("router_start", {})
+    values = {
+        "run": str(folder / "out"), "method": "btx", "sources": sources, "router_start": start,
+        "router": {"top_k": 1, "normalize_gates": False},
+    } | settings  # fmt: skip
+    upcycle(build_config(UpcycleConfig, values))
+    return folder / "out"
+
+
+def loads_by_domain(out: Path, domains) -> dict[str, torch.Tensor]:
+    """Of each router ``[domains, experts]`` shares of the tokens."""
+    model, result = model_of(out), {}
+    for corpus in domains:
+        source = SourceConfig(path=out, text=corpus)
+        contexts = contexts_of(source, None, corpus / "tokenizer.json", model.config, 240)
+        with watching_routers(model) as routers:
+            model(torch.tensor([ids for ids in contexts if len(ids) == 12]))
+        for name, record in routers.items():
+            result.setdefault(name, []).append(record.load)
+    return {name: torch.tensor(loads) for name, loads in result.items()}
+
+
+@pytest.mark.parametrize("kind", ["centroid", "closed_form", "embedding"])
+@pytest.mark.parametrize("method", ["btx", "btx+moa"])
+def test_tokens_go_to_the_expert_of_their_domain(tmp_path, domains, kind, method):
+    out = mixed(tmp_path, branches(tmp_path, domains), kind, method=method)
+    routers = loads_by_domain(out, domains)
+    assert len(routers) == (4 if method == "btx+moa" else 2)
+    own = {name: loads.view(3, 3, -1).sum(-1).diagonal().mean() for name, loads in routers.items()}
+    random_ones = loads_by_domain(mixed(tmp_path / "r", branches(tmp_path / "r", domains), "random"), domains)
+    chance = sum(loads.diagonal().mean() for loads in random_ones.values()) / len(random_ones)
+    floor = {"centroid": 0.7, "closed_form": 0.85, "embedding": 0.4}[kind]  # untrained models mix letters at random
+    assert min(own.values()) > floor > chance + 0.05, (own, chance)
+
+
+def test_learned_routers_leave_no_expert_idle(tmp_path, domains):
+    out = mixed(tmp_path, branches(tmp_path, domains), "centroid")
+    for name, loads in loads_by_domain(out, domains).items():
+        assert loads.mean(0).min() > 0.5 / 3, name
+    receipt = read_receipt(out / RECEIPT)
+    assert set(receipt.routers) == {"blocks.0.channel.router", "blocks.1.channel.router"}
+    assert receipt.comparison is None
+    assert all(0 < record.entropy < 1 and min(record.load) > 0 for record in receipt.routers.values())
+
+
+def test_copies_of_one_model_learn_clusters_and_twins_come_apart(tmp_path, domains):
+    source = branches(tmp_path, domains[:1])[:1]
+    clusters = [{"path": "of-cluster", "text": str(corpus)} for corpus in domains]
+    out = mixed(tmp_path, source, "centroid", method="sparse", num_experts=6, clusters=clusters, router={"top_k": 2})
+    rows = tensor(out, "blocks.0.channel.router.weight")
+    cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
+    assert all(0.9 < cosines[i, i + 1] < 1 - 1e-6 for i in (0, 2, 4))
+    assert all(cosines[i, j] < 0.7 for i in range(0, 6, 2) for j in range(0, 6, 2) if i != j)
+    for loads in loads_by_domain(out, domains).values():
+        assert loads.view(3, 3, 2).sum(-1).diagonal().mean() > 0.7
+
+
+def test_groups_share_a_learned_row(tmp_path, domains):
+    source = branches(tmp_path, domains[:1])[:1]
+    clusters = [{"path": "of-cluster", "text": str(corpus)} for corpus in domains]
+    settings = {"num_experts": 6, "shards": 2, "router": {"top_k": 2}, "clusters": clusters}
+    rows = tensor(
+        mixed(tmp_path, source, "closed_form", method="virtual-group", **settings), "blocks.0.channel.router.weight"
+    )
+    assert torch.equal(rows[0::2], rows[1::2]) and not torch.equal(rows[0], rows[2])
+
+
+def test_prompts_stand_for_a_corpus(tmp_path, domains):
+    sources = branches(tmp_path, domains)
+    for source, signs in zip(sources, SIGNS, strict=True):
+        source |= {"text": None, "prompts": [signs, signs[::-1]]}
+    loads = loads_by_domain(mixed(tmp_path, sources, "centroid"), domains)
+    assert min(part.diagonal().mean() for part in loads.values()) > 0.7
+
+
+def test_learned_routers_need_text(tmp_path, domains):
+    sources = branches(tmp_path, domains[:2])
+    sources[1]["text"] = None  # nor is there the corpus its config names
+    with pytest.raises(ValueError, match=r"data/none/manifest\.json: missing"):
+        mixed(tmp_path, sources, "centroid")
+    with pytest.raises(ConfigError, match="needs clusters"):
+        mixed(tmp_path, sources[:1], "centroid", method="sparse", num_experts=4, router={})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("experts", [3, 8])
+def test_balanced_rows_spread_tokens_that_all_chose_one_expert(experts, top_k):
+    generator = torch.Generator().manual_seed(experts)
+    x = torch.randn(600, 16, generator=generator, dtype=torch.float64) + 1.0
+    rows = torch.randn(experts, 16, generator=generator, dtype=torch.float64) * 0.3
+    rows[0] += 1.0  # of all tokens' mean
+    weights = torch.full((2, 600), 1 / 300, dtype=torch.float64)
+    before, after = (
+        torch.bincount((x @ w.t()).topk(top_k).indices.flatten(), minlength=experts) / (600 * top_k)
+        for w in (rows, balanced(rows, x, weights, top_k, 1e-2))
+    )
+    assert before.max() > 0.95 / top_k
+    assert 0.5 / experts < after.min() <= after.max() < 1.5 / experts
+    shift = balanced(rows, x, weights, top_k, 1e-2) - rows
+    assert torch.linalg.matrix_rank(shift) == 1  # of one direction: what makes experts differ is as it was
