@@ -45,9 +45,16 @@ class LightBulbForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LightBulbConfig):
         super().__init__(config)
         self.model = config.language_config().build()
-        kept = [name for name, parameter in self.model.named_parameters() if logical_of(parameter).keep_fp32]
-        self._keep_in_fp32_modules_strict = {name.rpartition(".")[0] for name in kept}
         self.post_init()
+        parameters = self.model.named_parameters()
+        # Set only now: transformers takes whole names here, and single words where it checks them.
+        self._keep_in_fp32_modules_strict = {f"model.{name}" for name, p in parameters if logical_of(p).keep_fp32}
+
+    @classmethod
+    def get_init_context(cls, *args: Any) -> list[Any]:
+        """As transformers' own, without its empty parameters, which cannot carry our records; ours are without values
+        too, and memory that nobody has written to is not there yet."""
+        return super().get_init_context(*args)[:1]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:

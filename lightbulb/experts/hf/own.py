@@ -38,18 +38,13 @@ class Own(Family):
             "lightbulb": ours.model_dump(mode="json"),
         }
 
-    def table(self, ours: LanguageConfig) -> LinkTable:
-        table = super().table(ours)
+    def link(self, ours: LanguageConfig, table: LinkTable) -> None:
         with torch.device("meta"):
             model = ours.build()
         if any(keeper_of(parameter) is not None for parameter in model.parameters()):
-            raise InteropError("frozen weights in four bits cannot be exported; train with lora's base in full")
+            raise InteropError("frozen weights in four bits cannot be exported; train without quantize")
         for name, values in model.named_buffers():  # loads and biases of routers
             table.shapes[name] = tuple(values.shape)
-            table.add(name, f"model.{name}")
-        return table
-
-    def link(self, ours: LanguageConfig, table: LinkTable) -> None:
         for name in table.shapes:
             table.add(name, f"model.{name}")
 
