@@ -1,20 +1,23 @@
 """`lightbulb upcycle`: its config, mergekit's shape, runs and Hugging Face folders, errors in one sentence."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from dense_runs import model_of, tensor, tensors
+from dense_runs import model_of, tensor
 
-from lightbulb.config import ConfigError, load_config
+from lightbulb.config import ConfigError
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.evaluation.proof import load_variants
+from lightbulb.experts.hf.convert import Options, import_model
+from lightbulb.experts.source import open_source
+from lightbulb.experts.upcycle import upcycle
 from lightbulb.experts.upcycle_config import load_upcycle_config
 from lightbulb.launcher.upcycle import main
 from lightbulb.train.checkpoint import load_model_for_inference
-from lightbulb.train.config import RunConfig
 
 LETTERS = "abcdefghijklmnop "
 
@@ -58,19 +61,114 @@ def test_two_llamas_become_a_run_that_loads(tmp_path, llamas, capsys):
 
 
 def test_a_run_and_a_hugging_face_folder_mix(tmp_path, llamas):
-    values = {"method": "sparse", "num_experts": 2, "sources": [{"path": str(llamas[0])}], "layers": []}
-    with pytest.raises(ConfigError, match="no layer has a dense channel mixer"):
-        _ = [main_config(tmp_path, values)]
-    del values["layers"]
-    out = main_config(tmp_path, values)
-    # the mixture's trunk is a Llama's: a run with one dense model of the same values mixes with the folder
-    assert tensors(out)["norm.weight"].shape == (32,)
+    import_model(llamas[0], tmp_path / "imported", Options())
+    sources = [{"path": str(tmp_path / "imported")}, {"path": str(llamas[0])}]
+    config = load_upcycle_config(
+        write(tmp_path / "c.yaml", {"run": str(tmp_path / "moe"), "method": "btx", "sources": sources})
+    )
+    comparison = upcycle(config).comparison
+    assert comparison.greatest_difference < 1e-4 < comparison.standard_deviation
+    assert "all sources are equal" in comparison.reference
 
 
-def main_config(tmp_path, values) -> Path:
-    """Run the library on a config, and give the folder."""
-    from lightbulb.experts.upcycle import upcycle
+def test_mergekit_files_are_read(tmp_path, llamas):
+    values = {
+        "base_model": str(llamas[0]), "gate_mode": "cheap_embed", "dtype": "float32", "experts_per_token": 2,
+        "experts": [
+            {"source_model": str(llamas[0]), "positive_prompts": ["aaa bbb abab"]},
+            {"source_model": str(llamas[1]), "positive_prompts": ["ppp ooo popo", "o p"]},
+        ],
+    }  # fmt: skip
+    path = write(tmp_path / "mergekit.yaml", values)
+    config = load_upcycle_config(path, [f"run={tmp_path / 'moe'}"])
+    assert (config.method, config.trunk, config.router_start.kind) == ("btx", "seed_model", "embedding")
+    assert [source.prompts for source in config.sources] == [["aaa bbb abab"], ["ppp ooo popo", "o p"]]
+    assert main([path, f"run={tmp_path / 'moe'}"]) == 0
+    base, other = (open_source(folder) for folder in llamas)
+    moe = tmp_path / "moe"
+    assert torch.equal(tensor(moe, "embedding.weight"), base.read("embedding.weight"))
+    found = tensor(moe, "blocks.1.channel.experts.down.weight")
+    assert torch.equal(found[1], other.read("blocks.1.channel.down.weight"))
+    assert model_of(moe)(torch.tensor([[1, 2, 3]])).isfinite().all()
 
-    config = load_upcycle_config(write(tmp_path / "c.yaml", values | {"run": str(tmp_path / "out")}))
-    upcycle(config)
-    return config.run
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gate_mode": "magic"}, "gate_mode 'magic' is none of hidden, random, cheap_embed"),
+        ({"merge_method": "slerp"}, "'merge_method' has no meaning here"),
+        ({"experts": [{"model": "a"}]}, "experts: expected a list of mappings with source_model"),
+        ({"experts": [{"source_model": "a"}]}, r"experts.0.positive_prompts: gate_mode 'hidden' needs some"),
+        ({"experts": [{"source_model": "a", "negative_prompts": ["b"]}]}, "negative_prompts are not used"),
+        ({"run": None}, "run"),
+    ],
+)
+def test_mergekit_files_that_say_something_else_are_refused(tmp_path, changes, message):
+    experts = [{"source_model": name, "positive_prompts": ["x"]} for name in ("a", "b")]
+    path = write(tmp_path / "m.yaml", {"base_model": "a", "experts": experts, "run": "x"} | changes)
+    with pytest.raises(ConfigError, match=message):
+        load_upcycle_config(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "fuse"}, "method"),
+        ({"method": "sparse"}, "makes experts of one model, sources has 2"),
+        ({"num_experts": 3}, "num_experts 3 is not a multiple of the 2 sources"),
+        ({"router": {"top_k": 3}}, "router.top_k 3 exceeds the 2 experts"),
+        ({"shards": 2}, "virtual-group has 2 or more"),
+        ({"trunk": "seed_model"}, "needs a seed_model"),
+        ({"shared_expert": True}, "use sparse or drop"),
+        ({"attention_router": {}}, "attention_router has no effect"),
+        ({"sources": [{"path": "a", "tokens": 3}, {"path": "b"}]}, "some have tokens"),
+        ({"clusters": [{"path": "c"}]}, "clusters has 1 for 2 experts"),
+        ({"sources": [{"path": "a"}]}, "needs two sources"),
+        ({"sources": [{"path": "a"}], "method": "sparse"}, "needs num_experts"),
+        (
+            {"sources": [{"path": "a"}], "method": "virtual-group", "num_experts": 8, "shards": 4},
+            "router.top_k 2 is not a multiple of shards 4",
+        ),
+        (
+            {"sources": [{"path": "a"}], "method": "sparse", "num_experts": 4, "router": {"normalize_gates": False}},
+            "only where gates sum to 1",
+        ),
+    ],
+)
+def test_configs_that_cannot_be_are_refused(tmp_path, changes, message):
+    values = {"run": "x", "method": "btx", "sources": [{"path": "a"}, {"path": "b"}]} | changes
+    with pytest.raises(ConfigError, match=message):
+        load_upcycle_config(write(tmp_path / "c.yaml", values))
+
+
+def test_errors_are_one_sentence_and_leave_nothing(tmp_path, llamas, capsys):
+    values = {"run": str(tmp_path / "moe"), "method": "btx", "sources": [{"path": str(llamas[0])}, {"path": "nowhere"}]}
+    assert main([write(tmp_path / "c.yaml", values)]) == 1
+    assert capsys.readouterr().err == (
+        "error: nowhere: neither a run (config.yaml) nor a Hugging Face folder (config.json); check the path\n"
+    )
+    assert not (tmp_path / "moe").exists()
+
+
+def test_another_vocabulary_is_refused(tmp_path, llamas, capsys):
+    other = shutil.copytree(llamas[1], tmp_path / "other")
+    Tokenizer.train(["xyz xyz xyz qrst"], 260).save(other / "tokenizer.json")
+    values = {
+        "run": str(tmp_path / "moe"),
+        "method": "btx",
+        "sources": [{"path": str(llamas[0])}, {"path": str(other)}],
+    }
+    assert main([write(tmp_path / "c.yaml", values)]) == 1
+    assert "its tokenizer has another vocabulary" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_llamas_train_on_every_layout(tmp_path, llamas, start):
+    """The mixture's config under `lightbulb prove`: among the layouts of two ranks are TP2, EP2 and PP2."""
+    values = {"run": str(tmp_path / "moe"), "method": "btx+moa", "sources": [{"path": str(path)} for path in llamas]}
+    assert main([write(tmp_path / "c.yaml", values)]) == 0
+    settings = ["train.global_batch_size=8", "optimizer.eps=1e-5"]
+    command = start("prove", [str(tmp_path / "moe" / "config.yaml"), "--ranks", "2", *settings])
+    assert command.wait(600) == 0, command.text()
+    for layout in ("TP2", "EP2", "PP2"):
+        assert layout in command.text()
