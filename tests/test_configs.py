@@ -8,13 +8,20 @@ import torch
 from lightbulb.config import load_config, read_yaml
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.evaluation.proof import ProofConfig
+from lightbulb.experts.mixture_model import mixture_config
+from lightbulb.experts.upcycle_config import load_upcycle_config
 from lightbulb.train.config import RunConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+EXPERTS = Path(__file__).parent.parent / "configs" / "experts"
+UPCYCLING = [path for path in sorted(EXPERTS.glob("*.yaml")) if {"method", "sources"} & set(read_yaml(path))]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_config_loads_and_costs_what_it_builds(path):
+    if path in UPCYCLING:
+        load_upcycle_config(path)
+        return
     if "model" not in read_yaml(path):
         load_config(CorpusConfig, path)
         return
@@ -40,3 +47,31 @@ def test_published_sizes(name, billions, active):
     assert cost.params == pytest.approx(billions * 1e9, rel=0.02)
     if active is not None:
         assert cost.active_params == pytest.approx(active * 1e9, rel=0.08)  # papers count embeddings or do not
+
+
+@pytest.mark.parametrize("path", UPCYCLING, ids=lambda path: path.name)
+def test_a_mixture_costs_what_it_builds(path):
+    dense = (
+        EXPERTS.parent / "pretrain/voltron-13b.yaml" if path.stem.startswith("voltron-13b") else EXPERTS / "seed.yaml"
+    )
+    seed = load_config(RunConfig, dense).model
+    mixture = mixture_config(seed, load_upcycle_config(path))
+    with torch.device("meta"):
+        model = mixture.build()
+    assert mixture.cost().params == sum(p.numel() for p in model.parameters()) > seed.cost().params
+    assert mixture.cost().active_params < mixture.cost().params
+
+
+def test_the_cost_of_the_large_mixture_is_the_one_in_its_file():
+    path = EXPERTS / "voltron-13b-cbtx.yaml"
+    seed = load_config(RunConfig, EXPERTS.parent / "pretrain/voltron-13b.yaml").model
+    mixture = mixture_config(seed, load_upcycle_config(path))
+    for config in (seed, mixture):
+        cost = config.cost()
+        numbers = [
+            f"{cost.params / 1e9:.2f} B",
+            f"{cost.active_params / 1e9:.2f} B",
+            f"{cost.forward_flops / 1e9:.1f} G",
+        ]
+        lines = [line for line in path.read_text().splitlines() if all(number in line for number in numbers)]
+        assert len(lines) == 1, numbers

@@ -1,0 +1,87 @@
+"""A mixture of experts that was made of dense models is the same model on every layout: loaded, evaluated, trained."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightbulb.config import build_config
+from lightbulb.evaluation.trial import Trial, _my_batches, global_batch
+from lightbulb.experts.upcycle import upcycle
+from lightbulb.experts.upcycle_config import UpcycleConfig
+from lightbulb.nn.cross_entropy import IGNORE
+from lightbulb.parallel.engine import Engine
+from lightbulb.parallel.optimizer import OptimizerConfig
+from lightbulb.parallel.topology import ParallelConfig
+from lightbulb.parallel.workers import RankPool
+from lightbulb.train.checkpoint import load_into, newest_checkpoint, start_from
+
+sys.path.append(str(Path(__file__).parent.parent / "experts"))
+from dense_runs import MODEL, make_run, model_of  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two branches as experts, of their attention too."""
+    folder = tmp_path_factory.mktemp("mixture")
+    sources = [{"path": str(make_run(folder / name, MODEL, seed, 0.1))} for seed, name in enumerate("ab", 1)]
+    values = {"run": str(folder / "moe"), "method": "btx+moa", "sources": sources, "num_experts": 4}
+    upcycle(build_config(UpcycleConfig, values))
+    return folder / "moe"
+
+
+def trial_of(run: Path, parallel: ParallelConfig) -> Trial:
+    model = model_of(run).config
+    return Trial(model, OptimizerConfig(lr=1e-3, eps=1e-5), 3, 2, 8, parallel=parallel)
+
+
+def losses_on(rank: int, run: Path, parallel: ParallelConfig, resume: bool) -> list[float]:
+    """Held-out loss of the loaded model, then the losses of two steps."""
+    trial = trial_of(run, parallel)
+    engine = Engine(trial.model, parallel, trial.optimizer, "fp32", 99, torch.device("cpu"))
+    checkpoint, _ = newest_checkpoint(run)
+    assert checkpoint is not None
+    if resume:
+        load_into(engine, checkpoint)
+    else:
+        assert start_from(engine, checkpoint) == []
+    nats, tokens = engine.evaluate(_my_batches(engine, trial, 0))
+    found = [nats / tokens]
+    for step in range(2):
+        engine.forward_backward(_my_batches(engine, trial, step))
+        found.append(engine.update(1e-3).loss)
+    engine.close()
+    return found
+
+
+def logits_on(rank: int, run: Path, parallel: ParallelConfig) -> torch.Tensor:
+    """Logits of the whole model on ranks that share its experts."""
+    trial = trial_of(run, parallel)
+    engine = Engine(trial.model, parallel, trial.optimizer, "fp32", 99, torch.device("cpu"))
+    checkpoint, _ = newest_checkpoint(run)
+    assert checkpoint is not None
+    start_from(engine, checkpoint)
+    with torch.no_grad():
+        logits = engine.chunks[0].eval()(global_batch(trial, 0).tokens)
+    engine.close()
+    return logits
+
+
+@pytest.mark.parametrize("expert", [1, 2, 4])
+def test_logits_do_not_depend_on_how_experts_are_spread(ranks: RankPool, mixture: Path, expert: int) -> None:
+    parallel = ParallelConfig(expert=expert, data=expert)
+    expected = model_of(mixture)(global_batch(trial_of(mixture, parallel), 0).tokens)
+    for found in ranks.run(expert, logits_on, mixture, parallel):
+        assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"expert": 2, "data": 2}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize("resume", [False, True], ids=["start_from", "resume"])
+def test_losses_are_those_of_one_process(ranks: RankPool, mixture: Path, layout: dict[str, int], resume: bool) -> None:
+    alone = ranks.run(1, losses_on, mixture, ParallelConfig(data=1), False)[0]
+    batch = global_batch(trial_of(mixture, ParallelConfig(data=1)), 0)
+    losses = model_of(mixture)(batch.tokens, batch.labels)
+    assert alone[0] == pytest.approx(float(losses[batch.labels != IGNORE].mean()), abs=1e-5)
+    for found in ranks.run(2, losses_on, mixture, ParallelConfig(**{"data": 1} | layout), resume):  # type: ignore[arg-type]
+        assert found == pytest.approx(alone, abs=1e-5)
