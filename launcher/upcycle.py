@@ -42,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
 
 def show(receipt: Receipt, out: Path) -> None:
     """Print what was made."""
-    print(f"{out}: {receipt.parameters_in / 1e6:.2f} M parameters in, {receipt.parameters_out / 1e6:.2f} M out")
+    count, before = len(receipt.sources), receipt.parameters_in / 1e6
+    print(f"{out}: {receipt.parameters_out / 1e6:.2f} M parameters, from {before:.2f} M in {count} model(s)")
     if receipt.comparison is not None:
         found = receipt.comparison
         print(f"greatest difference of a logit {found.greatest_difference:.2g} from {found.reference}")

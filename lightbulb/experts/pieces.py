@@ -29,6 +29,7 @@ from lightbulb.experts.upcycle_config import UpcycleConfig
 from lightbulb.mixers.token.attention import AttentionConfig
 from lightbulb.models.language import LanguageConfig
 
+CHUNK = 1 << 22  # elements compared at a time
 _GATED = ("gate", "up")
 _OUTPUT = "down.weight"
 
@@ -129,10 +130,13 @@ class Merge:
         if self.deltas is None or self.seed_model is None:
             return
         for name in self.shapes:
-            seed = self.seed_model.read(name).double().flatten()
-            differences = torch.stack([source.read(name).double().flatten() - seed for source in self.sources])
-            self.deltas.products += differences @ differences.t()
-            self.deltas.seed_square += float(seed @ seed)
+            seed = self.seed_model.read(name).flatten()
+            others = [source.read(name).flatten() for source in self.sources]
+            for start in range(0, len(seed), CHUNK):
+                part = seed[start : start + CHUNK].double()
+                differences = torch.stack([other[start : start + CHUNK].double() - part for other in others])
+                self.deltas.products += differences @ differences.t()
+                self.deltas.seed_square += float(part @ part)
 
     def _pieces_of(self, name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
         layer, part, rest = _place(name)

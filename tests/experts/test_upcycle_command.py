@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from dense_runs import model_of, tensor
+from training_runs import losses
 
 from lightbulb.config import ConfigError
 from lightbulb.data.tokenizer import Tokenizer
@@ -160,6 +161,29 @@ def test_another_vocabulary_is_refused(tmp_path, llamas, capsys):
     }
     assert main([write(tmp_path / "c.yaml", values)]) == 1
     assert "its tokenizer has another vocabulary" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_trained_run_goes_on_as_a_mixture(tmp_path, run_file, start):
+    """In the mixture's folder as from it: the same losses, the first of which is the dense model's."""
+    train = {"steps": 2, "global_batch_size": 8, "micro_batch_size": 4, "precision": "fp32"}
+    pattern = [{"token": {"type": "attention", "num_heads": 4}, "channel": {"type": "mlp", "hidden_dim": 48}}]
+    model = {"vocab_size": 512, "dim": 32, "num_layers": 2, "context_length": 32, "block_pattern": pattern}
+    assert start("pretrain", [str(run_file("dense", model=model, train=train))]).wait() == 0
+    values = {"run": str(tmp_path / "moe"), "method": "sparse", "num_experts": 4}
+    assert main([write(tmp_path / "c.yaml", values | {"sources": [{"path": str(tmp_path / "dense")}]})]) == 0
+    receipt = json.loads((tmp_path / "moe" / "receipt.json").read_text())
+    assert receipt["comparison"]["text"]["source"].endswith("held out")
+    config = yaml.safe_load((tmp_path / "moe" / "config.yaml").read_text())
+    fresh = write(tmp_path / "fresh.yaml", config | {"run": str(tmp_path / "fresh"), "start_from": config["run"]})
+    dense = write(tmp_path / "again.yaml", yaml.safe_load((tmp_path / "dense" / "config.yaml").read_text())
+                  | {"run": str(tmp_path / "again"), "start_from": str(tmp_path / "dense")})  # fmt: skip
+    for path in (str(tmp_path / "moe" / "config.yaml"), fresh, dense):
+        command = start("pretrain", [path])
+        assert command.wait() == 0, command.text()
+    found = [losses(tmp_path / name) for name in ("moe", "fresh", "again")]
+    assert found[0] == found[1]
+    assert found[0][1] == pytest.approx(found[2][1], abs=1e-5)
 
 
 @pytest.mark.slow

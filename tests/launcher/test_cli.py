@@ -241,7 +241,9 @@ def test_report_prints_the_page_or_one_line_of_error(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
 
 
-@pytest.mark.parametrize(("name", "nested"), [("run", "ScheduleConfig"), ("corpus", "TokenizerConfig")])
+@pytest.mark.parametrize(
+    ("name", "nested"), [("run", "ScheduleConfig"), ("corpus", "TokenizerConfig"), ("upcycle", "RouterStart")]
+)
 def test_schema_is_json_with_all_nested_configs_and_base(name: str, nested: str, capsys: pytest.CaptureFixture):
     assert cli.main(["schema", name]) == 0
     text = capsys.readouterr().out
