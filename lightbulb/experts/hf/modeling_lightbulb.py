@@ -82,7 +82,7 @@ class LightBulbForCausalLM(PreTrainedModel, GenerationMixin):
         documents = None
         if attention_mask is not None and not bool(attention_mask.all()):
             documents = attention_mask.long().diff(dim=1, prepend=attention_mask[:, :1]).abs().cumsum(1)
-        logits = self.model(input_ids, document_ids=documents)
+        logits = self.model(input_ids, document_ids=documents).contiguous()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
