@@ -27,7 +27,7 @@ def contexts_of(
         tokens: how many.
 
     Raises:
-        ConfigError: there is neither prompt nor corpus.
+        ConfigError: there is neither prompt nor corpus, or the corpus's ids are of another tokenizer.
         DataError: the corpus is not one, or not of this context length.
         TokenizerError: prompts, and no tokenizer to read them.
     """
@@ -37,12 +37,14 @@ def contexts_of(
     path = source.text or own
     if path is None:
         raise ConfigError(f"{source.path}: learned routers need text of its domain; give it text (a corpus) or prompts")
-    return _corpus_contexts(path.expanduser(), model, tokens)
+    corpus = Corpus(path.expanduser(), "train", model.context_length, model.vocab_size)
+    if tokenizer.is_file() and Tokenizer.load(tokenizer).digest != corpus.tokenizer_digest:
+        raise ConfigError(f"{path}: written with another tokenizer than {tokenizer}; preprocess it with this one")
+    return _rows(corpus, model, tokens)
 
 
-def _corpus_contexts(path: Path, model: LanguageConfig, tokens: int) -> list[list[int]]:
+def _rows(corpus: Corpus, model: LanguageConfig, tokens: int) -> list[list[int]]:
     """Rows that are trained on, evenly spaced, of about so many tokens in all."""
-    corpus = Corpus(path, "train", model.context_length, model.vocab_size)
     count = min(len(corpus), -(-tokens // model.context_length))
     rows = [corpus[number * len(corpus) // count] for number in range(count)]
     return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents in rows]

@@ -69,6 +69,7 @@ class Merge:
         dense: the sources' model.
         mixture: the model they become.
         shapes: of the sources' tensors.
+        known: names of what all sources have, biases of their routers among them.
         mixed_layers: whose channel mixers become experts.
         attention_layers: whose attention becomes a mixture of heads.
         routers: rows ``[rows, dim]`` of routers that are not drawn, by the router's name.
@@ -95,6 +96,7 @@ class Merge:
         self.mixed_layers = set(mixture_layers(self.dense, self.config))
         self.attention_layers = set(attention_layers(self.dense, self.config))
         count = len(self.sources)
+        self.known = set.intersection(*(set(source.names()) for source in self.sources))
         self.deltas = Deltas(torch.zeros(count, count, dtype=torch.float64)) if self.seed_model else None
 
     @property
@@ -106,8 +108,7 @@ class Merge:
         """All pieces of the mixture's checkpoint."""
         for name, shape in shapes_of(self.mixture).items():
             yield from self._pieces_of(name, shape)
-        known = set.intersection(*(set(source.names()) for source in self.sources))
-        yield from router_state(self.mixture, self.trunk, known)
+        yield from router_state(self.mixture, self.trunk, self.known)
 
     def trunk(self, name: str) -> Tensor:
         """A tensor that is no expert's: the average of the sources', or the seed model's."""

@@ -54,17 +54,16 @@ def learned_routers(merge: Merge, texts: Texts) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
 def dense_model(merge: Merge, source: int) -> LanguageModel:
     """The mixture in which every token goes to one source's experts, as a dense model in evaluation mode."""
-    return filled(merge.dense.build(), lambda name: merge.expert_model(name, source))
-
-
-@torch.no_grad()
-def filled(model: LanguageModel, read: Callable[[str], Tensor]) -> LanguageModel:
-    """Give a whole model its parameters in float32, for evaluation."""
+    model = merge.dense.build()
     for name, parameter in model.named_parameters():
-        set_values(parameter, read(name))
-    return model.float().eval().requires_grad_(False)
+        set_values(parameter, merge.expert_model(name, source))
+    for name, buffer in model.named_buffers():
+        if name in merge.known:  # biases of routers, which decide where tokens go
+            buffer.copy_(merge.trunk(name))
+    return model.eval().requires_grad_(False)
 
 
 def _rows(parts: list[Tensor], start: RouterStart, top_k: int) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import orjson
 import torch
-from torch import Tensor
 
 from lightbulb.config import ConfigError
 from lightbulb.data.config import DataConfig
@@ -30,15 +29,13 @@ from lightbulb.experts.receipt import (
     watching_routers,
     write_receipt,
 )
-from lightbulb.experts.router_start import dense_model, filled, learned_routers
-from lightbulb.experts.run_folder import shapes_of, write_run
-from lightbulb.experts.source import RunSource, Source, open_source
+from lightbulb.experts.router_start import dense_model, learned_routers
+from lightbulb.experts.run_folder import write_run
+from lightbulb.experts.source import RunSource, Source, build_model, open_source
 from lightbulb.experts.text import held_out_text, tokens_of
 from lightbulb.experts.upcycle_config import UpcycleConfig, gates_sum_to_one
 from lightbulb.folder import built_beside
-from lightbulb.train.checkpoint import Checkpoint
 from lightbulb.train.config import RunConfig, TrainConfig
-from lightbulb.train.manifest import step_folder
 
 RANDOM_TOKENS = 256
 DATA = Path("data")
@@ -148,21 +145,18 @@ def _run_on_text(merge: Merge, folder: Path, reference: Reference) -> tuple[Comp
     if not merge.config.compare:
         return None, {}
     text = _comparison_text(merge)
-    checkpoint = Checkpoint(step_folder(folder, 0))
-    shapes = shapes_of(merge.mixture)
-
-    def read(name: str) -> Tensor:
-        return checkpoint.read(name, tuple(slice(0, size) for size in shapes[name]), shapes[name])
-
     tokens = tokens_of(text)
-    model = filled(merge.mixture.build(), read)
+    # Layers that round their inputs turn the last bit of a float32 into another code now and then.
+    rounds = any(modifier.type == "bitlinear" for modifier in merge.dense.modifiers)
+    dtype = torch.float64 if rounds else torch.float32
+    model = build_model(RunSource(folder)).to(dtype)
     with watching_routers(model) as routers, torch.no_grad():
         found = model(tokens)
     del model
     if not reference.must_equal:
         return None, routers
     with torch.no_grad():
-        expected = dense_model(merge, 0)(tokens)
+        expected = dense_model(merge, 0).to(dtype)(tokens)
     return compare(found, expected, reference.why, text, merge.config.bound), routers
 
 

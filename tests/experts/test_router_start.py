@@ -138,6 +138,14 @@ def test_prompts_stand_for_a_corpus(tmp_path, domains):
     assert min(part.diagonal().mean() for part in loads.values()) > 0.7
 
 
+def test_a_corpus_of_another_tokenizer_is_refused(tmp_path, domains):
+    sources = branches(tmp_path, domains)
+    for source in sources:
+        Tokenizer.train(["other letters"], 270).save(Path(source["path"]) / "tokenizer.json")
+    with pytest.raises(ConfigError, match="corpus-0: written with another tokenizer"):
+        mixed(tmp_path, sources, "centroid")
+
+
 def test_learned_routers_need_text(tmp_path, domains):
     sources = branches(tmp_path, domains[:2])
     sources[1]["text"] = None  # nor is there the corpus its config names

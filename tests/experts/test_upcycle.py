@@ -52,7 +52,10 @@ KINDS = {
     "one mixture already": {
         "num_layers": 2,
         "block_pattern": [
-            {"token": ATTENTION, "channel": {"type": "switch", "num_experts": 2, "hidden_dim": 8}},
+            {
+                "token": ATTENTION,
+                "channel": {"type": "switch", "num_experts": 2, "hidden_dim": 8, "router": {"bias_rate": 1e-3}},
+            },
             {"token": ATTENTION, "channel": {"type": "mlp", "hidden_dim": 24}},
         ],
     },
