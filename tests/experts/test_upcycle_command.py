@@ -178,7 +178,7 @@ def test_a_trained_run_goes_on_as_a_mixture(tmp_path, run_file, start):
     fresh = write(tmp_path / "fresh.yaml", config | {"run": str(tmp_path / "fresh"), "start_from": config["run"]})
     dense = write(tmp_path / "again.yaml", yaml.safe_load((tmp_path / "dense" / "config.yaml").read_text())
                   | {"run": str(tmp_path / "again"), "start_from": str(tmp_path / "dense")})  # fmt: skip
-    for path in (str(tmp_path / "moe" / "config.yaml"), fresh, dense):
+    for path in (fresh, dense, str(tmp_path / "moe" / "config.yaml")):  # last: it then has a newer checkpoint
         command = start("pretrain", [path])
         assert command.wait() == 0, command.text()
     found = [losses(tmp_path / name) for name in ("moe", "fresh", "again")]
