@@ -114,7 +114,7 @@ def digest(values: Tensor, record: Literal[True]) -> TensorRecord: ...
 def digest(values: Tensor, record: bool = False) -> str | TensorRecord:
     """The xxh3-128 of a tensor's values in its dtype, in row order; or all that a receipt says of it."""
     flat = values.detach().cpu().contiguous().flatten().view(torch.uint8)
-    found = xxhash.xxh3_128(memoryview(flat.numpy())).hexdigest()
+    found = xxhash.xxh3_128(memoryview(flat.numpy())).hexdigest()  # type: ignore[arg-type]
     if not record:
         return found
     return TensorRecord(shape=list(values.shape), dtype=str(values.dtype).removeprefix("torch."), xxh3_128=found)

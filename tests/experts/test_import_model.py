@@ -144,6 +144,23 @@ def test_mamba_with_groups_is_refused(tmp_path: Path) -> None:
         open_source(folder)
 
 
+def test_a_folder_of_links_is_read(llama: Path, tmp_path: Path) -> None:
+    """As in the cache that downloads go to."""
+    for path in llama.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    assert open_source(tmp_path).model_config == open_source(llama).model_config
+
+
+def test_what_a_config_does_not_say(tmp_path: Path) -> None:
+    """The window of Mistral is 4096 then; null is none."""
+    folder = save_theirs(their_model("mistral"), tmp_path / "theirs")
+    config = json.loads((folder / "config.json").read_text())
+    for window, wanted in (({}, 4096), ({"sliding_window": None}, None)):
+        rest = {key: value for key, value in config.items() if key != "sliding_window"}
+        (folder / "config.json").write_text(json.dumps(rest | window))
+        assert open_source(folder).model_config.layer(0).token.window == wanted
+
+
 def test_pickles_are_never_read(llama: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama, tmp_path / "theirs"))
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

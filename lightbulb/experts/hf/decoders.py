@@ -7,7 +7,7 @@ the expert's last matrix is doubled there. Dense Qwen2 always has biases of quer
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lightbulb.experts.hf.family import Family, InteropError, expect, needed, period
 from lightbulb.experts.hf.links import LinkTable
@@ -30,7 +30,8 @@ class Decoder(Family):
         matrices: names of an expert's gate, up and down projections.
         bias_key: key that switches the biases of queries, keys and values off.
         has_bias: they cannot be switched off.
-        window: how windows are written.
+        window: how windows are written: one for all layers, or by layers.
+        default_window: what a config that does not say has.
     """
 
     experts: str | None = None
@@ -38,7 +39,8 @@ class Decoder(Family):
     matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     bias_key: str | None = "attention_bias"
     has_bias: bool = False
-    window: str | None = None
+    window: Literal["one", "layers"] | None = None
+    default_window: int | None = None
 
     def read(self, theirs: dict[str, Any], source: str) -> dict[str, Any]:
         expect(theirs, source, hidden_act="silu", clip_qkv=None)
@@ -96,7 +98,7 @@ class Decoder(Family):
         return channel
 
     def _windows(self, theirs: dict[str, Any], layers: int) -> list[int | None]:
-        width = theirs.get("sliding_window")
+        width = theirs.get("sliding_window", self.default_window)
         if self.window is None or (self.window == "layers" and not theirs.get("use_sliding_window", False)):
             width = None
         if self.window != "layers" or width is None:
@@ -141,7 +143,7 @@ class Decoder(Family):
         routed = next((b.channel for b in blocks if isinstance(b.channel, RoutedConfig)), None)
         if self.experts is None or routed is None:
             return {}
-        theirs = {
+        theirs: dict[str, Any] = {
             self.count: routed.num_experts,
             "num_experts_per_tok": routed.router.top_k,
             "router_aux_loss_coef": routed.router.balance_loss,
@@ -305,7 +307,8 @@ def _family(model_type: str, architecture: str, must: str = "", may: str = "", *
 
 DECODERS = [
     _family("llama", "LlamaForCausalLM", may="head_dim"),
-    _family("mistral", "MistralForCausalLM", may="head_dim window", bias_key=None, window="one"),
+    _family("mistral", "MistralForCausalLM", may="head_dim window", bias_key=None, window="one",
+            default_window=4096),
     _family("qwen2", "Qwen2ForCausalLM", may="head_dim window some_windows", bias_key=None, has_bias=True,
             window="layers"),
     _family("qwen3", "Qwen3ForCausalLM", must="qk_norm", may="head_dim window some_windows", window="layers"),

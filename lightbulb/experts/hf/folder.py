@@ -1,6 +1,7 @@
 """Folders of safetensors with a config.json: read tensor by tensor, written shard by shard.
 
-Nothing is ever unpickled, no link leads out of the folder, and no more than one shard is in memory.
+Nothing is ever unpickled, no name in a file leads out of the folder, and no more than one shard is in memory. Files may
+be links, as in the cache of downloads.
 """
 
 import json
@@ -20,7 +21,7 @@ from lightbulb.experts.hf.family import InteropError
 from lightbulb.experts.receipt import Digests, digest
 from lightbulb.folder import explained, write_atomically
 from lightbulb.train.manifest import MAX_JSON_BYTES
-from lightbulb.train.tensor_file import TensorFileError, open_regular, sync_file
+from lightbulb.train.tensor_file import sync_file
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -109,11 +110,9 @@ def read_values(path: Path) -> dict[str, Any]:
         InteropError: missing, unreadable, or something else.
     """
     try:
-        with open_regular(path) as file:
+        with path.open("rb") as file:
             # Python's parser, because transformers writes Infinity into some configs.
             values = json.loads(file.read(MAX_JSON_BYTES))
-    except TensorFileError as error:
-        raise InteropError(str(error)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InteropError(f"{path}: unreadable ({error}); {AGAIN}") from None
     if not isinstance(values, dict):

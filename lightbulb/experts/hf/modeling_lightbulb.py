@@ -35,7 +35,7 @@ class LightBulbConfig(PretrainedConfig):
         return build_config(LanguageConfig, self.lightbulb or {}, "config.json: lightbulb")
 
 
-class LightBulbForCausalLM(PreTrainedModel, GenerationMixin):
+class LightBulbForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A :class:`LanguageModel` that transformers can load and generate with."""
 
     config_class = LightBulbConfig
@@ -46,9 +46,9 @@ class LightBulbForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = config.language_config().build()
         self.post_init()
-        parameters = self.model.named_parameters()
+        kept = {f"model.{name}" for name, p in self.model.named_parameters() if logical_of(p).keep_fp32}
         # Set only now: transformers takes whole names here, and single words where it checks them.
-        self._keep_in_fp32_modules_strict = {f"model.{name}" for name, p in parameters if logical_of(p).keep_fp32}
+        self._keep_in_fp32_modules_strict = kept  # type: ignore[assignment]
 
     @classmethod
     def get_init_context(cls, *args: Any) -> list[Any]:
@@ -90,7 +90,7 @@ class LightBulbForCausalLM(PreTrainedModel, GenerationMixin):
             return (logits,) if loss is None else (loss, logits)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
     ) -> dict[str, Any]:
         """The whole sequence every time."""
