@@ -179,7 +179,7 @@ def load_into(engine: Engine, checkpoint: Checkpoint) -> None:
     """Put every local part of the checkpoint into the engine's model, optimizer and routers. A converted model that no
     step was trained of has no moments: they are zero."""
     engine.optimizer_step = checkpoint.state.optimizer_step
-    has_moments = engine.optimizer_step > 0
+    has_moments = not checkpoint.state.is_untrained
     for name, parameter in engine.all_parameters():
         is_trained = parameter.requires_grad
         state = checkpoint.read_parameter(name, logical_of(parameter), with_moments=is_trained and has_moments)

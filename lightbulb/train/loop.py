@@ -250,7 +250,7 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint) -> None:
         state, error = checkpoint.state, None
         try:
-            if state.step or state.loader:  # else a converted model, which has read no data
+            if not state.is_untrained:
                 self.loader.load_state_dict(state.loader)  # first: it refuses other data before anything is loaded
             load_into(self.engine, checkpoint)
         except (CheckpointError, DataError) as caught:

@@ -132,6 +132,11 @@ class TrainState:
     config: dict[str, Any]
     layout: str
 
+    @property
+    def is_untrained(self) -> bool:
+        """Of a model that a conversion wrote: no step was taken and no data read."""
+        return self.step == 0 and not self.loader
+
 
 _STATE = TypeAdapter(TrainState)
 

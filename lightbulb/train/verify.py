@@ -113,7 +113,7 @@ def _check_ledger(run: Path, state: TrainState) -> LedgerCheck:
     try:
         size = state.config["train"]["global_batch_size"]
         check = check_ledger(run, state.step, size)
-        consumed = state.loader["samples_consumed"]
+        consumed = 0 if state.is_untrained else state.loader["samples_consumed"]
     except (KeyError, TypeError) as error:
         return LedgerCheck(state.step, problems=[f"{run}: the checkpoint's state lacks {error}"])
     if consumed != state.step * size:

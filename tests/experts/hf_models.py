@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightbulb.config import build_config
 from lightbulb.data.tokenizer import Tokenizer
-from lightbulb.experts.run_folder import untrained_config, write_run
+from lightbulb.experts.run_folder import untrained_config, whole_pieces, write_run
 from lightbulb.models.language import LanguageConfig
-from lightbulb.nn.parameter import initialise, logical_of, stored_values
+from lightbulb.nn.parameter import initialise, stored_values
 
 VOCAB = 320
 BASE: dict[str, Any] = {
@@ -78,15 +78,15 @@ def save_ours(config: LanguageConfig, run: Path) -> Path:
     model = config.build()
     initialise(model, 1)
     values: dict[str, Tensor] = {name: stored_values(p) for name, p in model.named_parameters()}
-    shapes = {name: logical_of(p).shape for name, p in model.named_parameters()}
     for name, value in values.items():
         if name.endswith("norm.weight"):
             value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(2)) / 10)
     for name, buffer in model.named_buffers():
         if name.endswith(".bias"):
-            values[name], shapes[name] = torch.linspace(-0.3, 0.3, len(buffer)), tuple(buffer.shape)
+            values[name] = torch.linspace(-0.3, 0.3, len(buffer))
     run.mkdir(parents=True)
-    write_run(run, untrained_config(run, config, Path("data")), shapes, values.__getitem__, vocabulary(), 1 << 16)
+    pieces = whole_pieces(config, values.__getitem__, values)
+    write_run(run, untrained_config(run, config, Path("data")), pieces, vocabulary())
     return run
 
 

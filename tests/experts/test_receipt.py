@@ -18,7 +18,7 @@ from lightbulb.experts.hf.family import InteropError
 from lightbulb.experts.hf.folder import in_shards, write_shards
 from lightbulb.experts.hf.links import LinkTable
 from lightbulb.experts.receipt import RECEIPT, ReceiptError, Text, compare, digest, watching_routers
-from lightbulb.experts.run_folder import untrained_config, write_run
+from lightbulb.experts.run_folder import untrained_config, whole_pieces, write_run
 from lightbulb.experts.source import open_source
 from lightbulb.launcher import export as export_command
 from lightbulb.train.checkpoint import load_model_for_inference
@@ -184,9 +184,9 @@ def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
     (theirs / "config.json").write_text(json.dumps(values))
     back.mkdir()
     with peak_of_memory() as in_peak:
-        write_run(
-            back, untrained_config(back, config, Path("data")), table.shapes, open_source(theirs).read, "{}", shard
-        )
+        imported = open_source(theirs)
+        pieces = whole_pieces(config, imported.read, imported.names())
+        write_run(back, untrained_config(back, config, Path("data")), pieces, "{}")
     assert total > 90_000_000 and len(list(theirs.glob("*.safetensors"))) > 10
     assert max(*out_peak, *in_peak) < total / 3, (out_peak, in_peak)
     assert torch.equal(open_source(back).read("head"), source.read("head"))

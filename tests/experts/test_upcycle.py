@@ -16,6 +16,7 @@ from lightbulb.experts.upcycle import upcycle
 from lightbulb.experts.upcycle_config import UpcycleConfig
 from lightbulb.folder import FolderError
 from lightbulb.train.config import RunConfig
+from lightbulb.train.verify import verify_run
 
 ATTENTION = MODEL["block_pattern"][0]["token"]
 BTX = {"method": "btx"}
@@ -257,6 +258,12 @@ def test_cosines_are_those_of_the_differences(dense):
     assert merge.deltas.cosines()[0][1] == pytest.approx(float(expected), abs=1e-12)
     assert merge.deltas.cosines()[1][1] == pytest.approx(1.0)
     assert merge.deltas.distances()[0] == pytest.approx(float((flat[1] - flat[0]).norm() / flat[0].norm()))
+
+
+def test_what_was_written_is_in_order(dense, tmp_path):
+    report = verify_run(mix(tmp_path / "out", [dense("a")], method="sparse", num_experts=2))
+    assert not report.problems and report.checkpoints[0].files == 2
+    assert report.ledger.samples == report.ledger.steps == 0
 
 
 def test_receipt_refuses_a_planted_corruption_and_leaves_nothing(dense, tmp_path, monkeypatch):
