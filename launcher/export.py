@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default fp32)")
+    size = "bytes of a file at most, such as 500M; so much memory is used (default 4G)"
+    parser.add_argument("--shard-size", type=parse_size, default=Options.shard_bytes, help=size)
     add_shared_options(parser)
     options = parser.parse_args(argv)
     try:
@@ -49,8 +51,6 @@ def main(argv: Sequence[str]) -> int:
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
     """What export and import have both."""
-    size = "bytes of a file at most, such as 500M; so much memory is used (default 4G)"
-    parser.add_argument("--shard-size", type=parse_size, default=Options.shard_bytes, help=size)
     text = "corpus whose held-out text the models are compared on (default: the source of a module of Python's)"
     parser.add_argument("--data", metavar="CORPUS", type=Path, help=text)
     bound = f"greatest difference of a logit that is let through (default {Options.bound:g})"

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     add_shared_options(parser)
     options = parser.parse_args(argv)
     try:
-        chosen = Options(shard_bytes=options.shard_size, data=options.data, bound=options.bound)
+        chosen = Options(data=options.data, bound=options.bound)
         receipt = import_model(options.folder, options.run, chosen)
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)

@@ -48,9 +48,8 @@ def test_equality_both_ways(name: str, tmp_path: Path) -> None:
 
 def test_an_imported_run_generates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_theirs(their_model("mixtral"), tmp_path / "theirs")
-    assert command.main([str(folder), str(tmp_path / "run"), "--shard-size", "30K"]) == 0
+    assert command.main([str(folder), str(tmp_path / "run")]) == 0
     assert "greatest difference of a logit" in capsys.readouterr().out
-    assert len(list((tmp_path / "run/checkpoints/step-00000000").glob("*.safetensors"))) > 3
     assert generate.main([str(tmp_path / "run"), "--prompt", "def f", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("def f")
 
