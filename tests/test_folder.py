@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lightbulb.folder import FolderError, FolderInUse, check_writable, claim, write_atomically
+from lightbulb.folder import FolderError, FolderInUse, built_beside, check_writable, claim, write_atomically
 
 HOLDER = """
 import sys, time
@@ -120,3 +120,25 @@ def test_full_disk_at_the_last_moment_leaves_the_old_content(tmp_path: Path, mon
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_a_folder_built_beside_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with built_beside(out) as partial:
+        (partial / "file").write_text("new")
+        assert not out.exists() and partial.parent == out.parent
+    assert (out / "file").read_text() == "new" and os.listdir(out.parent) == ["out"]
+    with pytest.raises(KeyError), built_beside(tmp_path / "other") as partial:
+        (partial / "file").write_text("new")
+        raise KeyError
+    assert os.listdir(tmp_path) == ["deep"]
+
+
+def test_a_folder_is_not_built_over_another(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with built_beside(tmp_path / "out") as partial:  # an empty one is as good as none
+        (partial / "file").write_text("mine")
+    for taken in (tmp_path / "out", tmp_path / "out" / "file"):
+        with pytest.raises(FolderError, match="there is something already; choose another"), built_beside(taken):
+            pass
+    assert (tmp_path / "out" / "file").read_text() == "mine"

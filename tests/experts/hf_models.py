@@ -25,7 +25,6 @@ EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", BASE | {"rms_norm_eps": 1e-5, "rope_theta": 5e5}),
     "llama-tied": ("Llama", BASE | {"head_dim": 16, "tie_word_embeddings": True}),
-    "llama-wide": ("Llama", BASE | {"num_key_value_heads": 4}),
     "mistral": ("Mistral", BASE | {"sliding_window": 8}),
     "qwen2": ("Qwen2", BASE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3": ("Qwen3", BASE | {"head_dim": 16}),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightbulb.experts.hf.convert import Options, export, import_model
+from lightbulb.experts.hf.families import family_of
 from lightbulb.experts.hf.family import InteropError
 from lightbulb.experts.receipt import read_receipt
 from lightbulb.inference.generate import SamplingConfig, generate
@@ -92,6 +93,13 @@ def test_equality_with_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
+def test_why_a_model_is_not_stock(name: str) -> None:
+    reason, pattern, changes = OWN[name]
+    with pytest.raises(InteropError, match=reason):
+        family_of(our_config(pattern, **changes))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "retention", "ternary", "lora", "depths", "hybrid"])
 def test_equality_behind_a_modelling_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,10 +116,6 @@ def test_equality_behind_a_modelling_file(
     with torch.no_grad():
         wanted, found = ours(tokens), theirs(tokens).logits
     assert torch.equal(found, wanted[..., : tokenizer().vocab_size])
-    import_model(tmp_path / "out", tmp_path / "again", Options())
-    again = load_model_for_inference(tmp_path / "again")[0]
-    with torch.no_grad():
-        assert torch.equal(again(tokens), found)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +141,14 @@ def test_equality_of_generated_text(name: str, exported: Path, monkeypatch: pyte
     wanted = list(generate(ours, ids, SamplingConfig(max_new_tokens=12, temperature=0.0), our_tokenizer.eos_id))
     assert found[: len(ids) + len(wanted)] == ids + wanted
     assert their_tokenizer.decode(ids) == text
+
+
+def test_a_model_behind_a_modelling_file_comes_back(exported: Path, tmp_path: Path) -> None:
+    import_model(exported / "own", tmp_path / "again", Options())
+    again, first = (load_model_for_inference(run)[0] for run in (tmp_path / "again", exported / "run-own"))
+    with torch.no_grad():
+        assert torch.equal(again(sample()), first(sample())[..., : tokenizer().vocab_size])
+    assert again.blocks["0"].channel.router.bias.any()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -20,6 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no positions": NO_TURN,
     "window": {"window": 3},
+    "wide norm": {"qk_norm": True, "qk_norm_over": "all_heads", "window": 5},
     "softmax1": {"sink": "one"},
     "learned sink": {"sink": "learned", "window": 4, "num_kv_heads": 1},
     "lambda": {"max_distance": 3, "num_global": 2},
@@ -122,8 +123,9 @@ def by_pairs(module: Attention, x: Tensor, ids: Tensor | None = None) -> Tensor:
         (x @ part.weight.t()).unflatten(-1, (-1, width)) for part in (module.query, module.key, module.value)
     )
     if config.qk_norm:
+        over = -1 if config.qk_norm_over == "head" else (-2, -1)
         query, key = (
-            norm.weight * t / (t.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+            norm.weight.view(-1, width) * t / (t.square().mean(over, keepdim=True) + config.norm_eps).sqrt()
             for t, norm in ((query, module.query_norm), (key, module.key_norm))
         )
     ids = torch.zeros(batch, length, dtype=torch.long) if ids is None else ids

@@ -295,6 +295,7 @@ def test_temperature_is_for_evaluation() -> None:
     ("options", "message"),
     [
         ({"num_global": 2}, "num_global 2 has no effect without max_distance"),
+        ({"qk_norm_over": "all_heads"}, "qk_norm_over 'all_heads' has no effect without qk_norm; set qk_norm: true"),
         ({"max_distance": 4, "window": 4}, "max_distance 4 is a window too, next to window 4; keep one"),
         ({"max_distance": 4, "causal": False}, "max_distance 4 needs causal: true"),
         ({"relative_positions": 4}, "relative_positions 4 take the place of the rotation; set rope_theta: null"),
