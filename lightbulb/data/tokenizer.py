@@ -120,7 +120,7 @@ class Tokenizer:
         """Write the ``tokenizer.json``, byte for byte the one that was trained or loaded."""
         write_atomically(Path(path), self._text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """Ids of each text, without any id added before or after."""
         ids: list[list[int]] = [[] for _ in texts]
         for call in _calls(texts):
