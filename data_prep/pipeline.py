@@ -141,14 +141,12 @@ class _Build:
         splits: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
         for group in packed.reports[0]["groups"]:
             if group["rows"]:
-                folder = self.corpus / group["split"] / group["name"]
-                written = [
-                    (path, report["shards"])
-                    for path, report in zip(shards.folders, shards.reports, strict=True)
-                    if report["group"] == group["number"]
-                ]
-                entries = [entry for _, task in written for entry in task]
-                _link((path / entry["raw_data"]["basename"] for path, task in written for entry in task), folder)
+                folder, number = self.corpus / group["split"] / group["name"], f"{group['number']:05}"
+                entries: list[dict[str, Any]] = []
+                for path, report in zip(shards.folders, shards.reports, strict=True):
+                    task = report["shards"].get(number, [])
+                    _link([path / number / entry["raw_data"]["basename"] for entry in task], folder)
+                    entries += task
                 write_index(folder, entries)
                 splits[group["split"]][group["name"]] = group_entry(folder, group, entries)
         content = {

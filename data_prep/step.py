@@ -11,7 +11,7 @@ does not depend on them keeps its own.
 
 To add a step:
 
-1. Subclass :class:`Step` as a frozen dataclass; the fields are what the work needs (configs, ``Output``s, ``Documents``).
+1. Subclass :class:`Step` as a frozen dataclass; its fields are what it works on (configs, ``Output``, ``Documents``).
 2. ``settings`` gives what can change the files, ``parts`` one JSON-able value per task naming what that task reads
    (the keys of the folders, hashes of arrays), ``run_task`` does the work and returns counts, which become
    ``report.json`` and end up in the manifest.
@@ -99,7 +99,7 @@ class Step(ABC):
         """How much each task has to do, for the display; None counts tasks."""
         return None
 
-    def keys(self) -> list[str]:
+    def task_keys(self) -> list[str]:
         """The name of each task's folder."""
         head = [self.name, self.version, self.settings()]
         return [digest([*head, part]) for part in self.parts()]

@@ -95,7 +95,7 @@ class Tokenise(Step):
         lengths: list[int] = []
         with explained(task.out), (task.out / TOKENS_NAME).open("wb") as file:
             for batch in _batches(text for _, text in self.documents.texts(rank, self._kept())):
-                for ids in tokenizer.encode_batch(batch, task.threads):
+                for ids in tokenizer.encode_arrays(batch, task.threads):
                     np.append(ids, tokenizer.eos_id).astype(dtype).tofile(file)
                     lengths.append(len(ids) + 1)
                 task.advance(len(batch))

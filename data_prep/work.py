@@ -36,7 +36,7 @@ class Work:
             Exception: whatever a task in this process raised.
         """
         folder = self.folder / step.name
-        folders = [folder / key for key in step.keys()]
+        folders = [folder / key for key in step.task_keys()]
         self._used |= {folder, *folders}
         places = [rank for rank, path in enumerate(folders) if not path.exists()]
         if places:

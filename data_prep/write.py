@@ -3,9 +3,10 @@
 A group is one domain of one split, or one cluster of one domain of one split; its name is its folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,10 +156,12 @@ class Write(Step):
         return [self.context_length, self.shard_bytes, self.eos_id]
 
     def parts(self) -> Sequence[Any]:
-        return [{"pack": self.pack.keys, "group": group["number"], "rows": rows} for group, rows in self.tasks]
+        return [
+            {"pack": self.pack.keys, "rows": [[group["number"], *rows] for group, rows in task]} for task in self.tasks
+        ]
 
     def sizes(self) -> Sequence[int]:
-        return [last - first for _, (first, last) in self.tasks]
+        return [sum(last - first for _, (first, last) in task) for task in self.tasks]
 
     @cached_property
     def format(self) -> ShardFormat:
@@ -166,31 +169,52 @@ class Write(Step):
         return ShardFormat(self.context_length + 1, self.tokens.reports[0]["dtype"], self.shard_bytes)
 
     @cached_property
-    def tasks(self) -> list[tuple[dict[str, Any], tuple[int, int]]]:
-        """Each task's group and range of rows, a whole number of shards."""
+    def tasks(self) -> list[list[tuple[dict[str, Any], tuple[int, int]]]]:
+        """Each task's groups and ranges of their rows, whole numbers of shards."""
         per_shard = self.format.rows_per_shard
-        step = max(1, TASK_TOKENS // (self.context_length + 1) // per_shard) * per_shard
-        return [
-            (group, (first, min(first + step, group["rows"])))
-            for group in self.pack.reports[0]["groups"]
-            for first in range(0, group["rows"], step)
-        ]
+        most = max(1, TASK_TOKENS // (self.context_length + 1) // per_shard) * per_shard
+        tasks: list[list[tuple[dict[str, Any], tuple[int, int]]]] = []
+        size = most
+        for group in self.pack.reports[0]["groups"]:
+            for first in range(0, group["rows"], most):
+                if size >= most:
+                    tasks.append([])
+                    size = 0
+                last = min(first + most, group["rows"])
+                tasks[-1].append((group, (first, last)))
+                size += last - first
+        return tasks
 
     def run_task(self, rank: int, task: Task) -> dict[str, Any]:
-        group, (first, last) = self.tasks[rank]
-        prefix = f"{group['number']:05}"
-        ends = np.load(self.pack.folders[0] / f"{prefix}.ends.npy", mmap_mode="r")
-        segments = np.load(self.pack.folders[0] / f"{prefix}.segments.npy", mmap_mode="r")
-        tokens = [map_tokens(folder, self.format.row["tokens"].base.name) for folder in self.tokens.folders]
+        tokens = [map_tokens(folder, self.tokens.reports[0]["dtype"]) for folder in self.tokens.folders]
+        shards: dict[str, list[dict[str, Any]]] = {}
+        for group, rows in self.tasks[rank]:
+            name = f"{group['number']:05}"
+            folder = task.out / name
+            folder.mkdir()
+            shards[name] = self._write(folder, name, rows, tokens, task.advance)
+        return {"shards": shards}
+
+    def _write(
+        self,
+        folder: Path,
+        group: str,
+        rows: tuple[int, int],
+        tokens: Sequence[np.ndarray],
+        advance: Callable[[int], None],
+    ) -> list[dict[str, Any]]:
+        """Write a range of a group's rows; gives the shards' entries."""
+        ends = np.load(self.pack.folders[0] / f"{group}.ends.npy", mmap_mode="r")
+        segments = np.load(self.pack.folders[0] / f"{group}.segments.npy", mmap_mode="r")
         per_shard = self.format.rows_per_shard
         shards = []
-        for start in range(first, last, per_shard):
-            stop = min(start + per_shard, last)
+        for start in range(*rows, per_shard):
+            stop = min(start + per_shard, rows[1])
             begin = int(ends[start - 1]) if start else 0
-            rows = self.rows(segments[begin : int(ends[stop - 1])], ends[start:stop] - begin, tokens)
-            shards.append(self.format.write(task.out, start // per_shard, rows))
-            task.advance(stop - start)
-        return {"group": group["number"], "shards": shards}
+            content = self.rows(segments[begin : int(ends[stop - 1])], ends[start:stop] - begin, tokens)
+            shards.append(self.format.write(folder, start // per_shard, content))
+            advance(stop - start)
+        return shards
 
     def rows(self, segments: np.ndarray, ends: np.ndarray, tokens: Sequence[np.ndarray]) -> np.ndarray:
         """``[rows]`` of the shards' dtype from their segments; what a row lacks is padding."""
