@@ -5,6 +5,7 @@ given out as in college admission (Gale and Shapley 1962): every document asks f
 turned it away, and a full cluster keeps the documents nearest to its centre.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import orjson
 from matplotlib.figure import Figure
 
+from lightbulb.data_prep.counts import CorpusError
 from lightbulb.data_prep.embed import Embedder, TfidfEmbedder, normalised
 from lightbulb.data_prep.neighbours import centres_of
 from lightbulb.folder import explained, write_atomically
@@ -41,13 +43,13 @@ class Clusters:
         """Centres of a sample of documents, ``vectors [n, dimensions]``.
 
         Raises:
-            ValueError: fewer documents than clusters.
+            CorpusError: fewer documents than clusters.
         """
         if len(vectors) < count:
-            raise ValueError(f"cluster.num_clusters: {count} clusters of {len(vectors)} documents; lower it")
+            raise CorpusError(f"cluster.num_clusters: {count} clusters of {len(vectors)} documents; lower it")
         result = cls(centres_of(vectors, count, seed, _RESTARTS), capacity_factor)
         for _ in range(_ITERATIONS if capacity_factor is not None else 0):
-            chosen = result.assign(vectors)
+            chosen = result.assign(_blocks(vectors))
             sums = np.stack([vectors[chosen == c].sum(0) for c in range(count)])
             moved = normalised(np.where(np.linalg.norm(sums, axis=1, keepdims=True) > 0, sums, result.centres))
             if np.allclose(moved, result.centres, atol=1e-6):
@@ -59,10 +61,13 @@ class Clusters:
         """``[n, clusters]``; the squared distance to a centre is 2 minus twice that."""
         return vectors @ self.centres.T
 
-    def assign(self, vectors: np.ndarray) -> np.ndarray:
-        """The cluster of each document of a corpus, ``[n]`` int64, none larger than it may be in any block."""
-        parts = [vectors[start : start + BLOCK] for start in range(0, len(vectors), BLOCK)]
-        return np.concatenate([np.empty(0, dtype=np.int64), *map(self._assign_block, parts)])
+    def assign(self, blocks: Iterable[np.ndarray]) -> np.ndarray:
+        """The cluster of each document of a corpus, ``[n]`` int64, none larger than it may be in any block.
+
+        Args:
+            blocks: vectors ``[documents, dimensions]``, about :data:`BLOCK` at a time.
+        """
+        return np.concatenate([np.empty(0, dtype=np.int64), *map(self._assign_block, blocks)])
 
     def nearest(self, vectors: np.ndarray) -> np.ndarray:
         """The cluster of new texts, ``[n]`` int64: the nearest, however many choose it."""
@@ -85,6 +90,10 @@ class Clusters:
         """What :meth:`save` wrote; nothing is unpickled."""
         settings = orjson.loads((folder / "clusters.json").read_bytes())
         return cls(np.load(folder / _CENTRES, allow_pickle=False), settings["capacity_factor"])
+
+
+def _blocks(vectors: np.ndarray) -> list[np.ndarray]:
+    return [vectors[start : start + BLOCK] for start in range(0, len(vectors), BLOCK)]
 
 
 def room(documents: int, clusters: int, capacity_factor: float) -> int:
@@ -157,7 +166,7 @@ def draw(clusters: Clusters, vectors: np.ndarray, chosen: np.ndarray, labels: li
     for number, label in enumerate(labels):
         mine, colour = flat[colours == number], palette(number % 20)
         plot.scatter(mine[:, 0], mine[:, -1], s=6, color=colour, alpha=0.6, linewidths=0, label=f"{number}: {label}")
-        plot.scatter(*centres[number, [0, -1]], s=90, color=colour, marker="X", edgecolors="black")
+        plot.scatter(centres[number, 0], centres[number, -1], s=90, color=colour, marker="X", edgecolors="black")
     plot.set(xlabel="first direction", ylabel="second direction", title="Clusters of documents (crosses: centres)")
     if len(labels) <= 20:
         figure.legend(loc="outside right upper", fontsize="small", markerscale=3)

@@ -197,11 +197,8 @@ class NearConfig(Config):
     ngram: Annotated[int, Field(ge=1, le=64)] = 5
     """Words per n-gram."""
 
-    permutations: Annotated[int, Field(ge=1, le=4096)] = 128
-    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.8
-    """Jaccard similarity above which documents are the same."""
-
-    seed: Annotated[int, Field(ge=0)] = 0
+    threshold: Annotated[float, Field(ge=0.3, lt=1.0)] = 0.8
+    """Jaccard similarity from which documents are the same, as 128 permutations estimate it."""
 
 
 class DeduplicateConfig(Config):
@@ -260,9 +257,7 @@ class EmbedConfig(Config):
     """Terms that TF-IDF counts."""
 
     fit_documents: Annotated[int, Field(ge=2)] = 100_000
-    """Training documents that TF-IDF and SVD are fitted on, drawn by seed."""
-
-    seed: Annotated[int, Field(ge=0)] = 0
+    """Training documents that TF-IDF, SVD and the centres of clusters are fitted on, drawn by the corpus's seed."""
 
     @model_validator(mode="after")
     def _path_goes_with_its_method(self) -> "EmbedConfig":
@@ -275,12 +270,8 @@ class ClusterConfig(Config):
     """Balanced spherical k-means over the documents' vectors (c-BTM, Gururangan et al. 2023, arXiv:2303.14177)."""
 
     num_clusters: Annotated[int, Field(ge=1, le=4096)]
-    capacity: Annotated[float, Field(ge=1.0)] = 1.1
-    """Most documents of a cluster, as a multiple of the mean."""
-
-    iterations: Annotated[int, Field(ge=1)] = 20
-    fit_documents: Annotated[int, Field(ge=2)] = 1_000_000
-    seed: Annotated[int, Field(ge=0)] = 0
+    capacity_factor: Annotated[float, Field(ge=1.0)] | None = 1.1
+    """Most training documents of a cluster, as a multiple of the mean; null for any number."""
 
 
 class OrderConfig(Config):

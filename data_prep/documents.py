@@ -159,6 +159,20 @@ class Documents:
                 yield file.get_batch(i)
 
 
+def batched(texts: Iterator[tuple[int, str]], characters: int = BATCH_BYTES) -> Iterator[list[tuple[int, str]]]:
+    """Numbered texts in lists of about so many characters."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for number, text in texts:
+        batch.append((number, text))
+        size += len(text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def path_hash(path: str) -> int:
     """64 bits of a hash of the path, the same on every machine."""
     return int.from_bytes(hashlib.sha256(path.encode("utf-8")).digest()[:8], "big")

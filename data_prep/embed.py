@@ -17,13 +17,13 @@ from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.utils.extmath import randomized_svd
 
+from lightbulb.data_prep.counts import CorpusError
 from lightbulb.folder import explained, write_atomically
 
 MAX_CHARS = 1 << 14
 """Characters of a document that are looked at: its subject shows in its beginning."""
-MAX_WORDS = 100_000
-"""Words a model knows: the most frequent of those in at least :data:`MIN_DOCUMENTS`."""
 MIN_DOCUMENTS = 2
+"""A word counts that stands in so many."""
 
 _WORD = re.compile(r"(?u)\b\w\w+\b")
 _MODEL, _VECTORS, _SENTENCE_MODEL = "tfidf.json", "tfidf.npy", "sentence_model.json"
@@ -47,7 +47,7 @@ class SentenceEmbedder:
         folder: of the model, as transformers saves one, with its tokenizer.
 
     Raises:
-        ValueError: the folder holds no such model.
+        CorpusError: the folder holds no such model.
     """
 
     def __init__(self, folder: Path):
@@ -60,7 +60,7 @@ class SentenceEmbedder:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
         except (OSError, ValueError) as error:
-            raise ValueError(f"embed.path: {folder} holds no model that transformers can load ({error})") from None
+            raise CorpusError(f"embed.path: {folder} holds no model that transformers can load ({error})") from None
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         parts = [np.empty((0, self._model.config.hidden_size), dtype=np.float32)]
@@ -99,18 +99,18 @@ class TfidfEmbedder:
         self._vectorizer.idf_ = idf
 
     @classmethod
-    def fit(cls, texts: Sequence[str], dimensions: int, seed: int) -> "TfidfEmbedder":
+    def fit(cls, texts: Sequence[str], dimensions: int, max_features: int, seed: int) -> "TfidfEmbedder":
         """A model of these texts; it has fewer dimensions where there are too few texts or words.
 
         Raises:
-            ValueError: the texts have no word that two of them share.
+            CorpusError: the texts have no word that two of them share.
         """
-        vectorizer = _vectorizer(max_features=MAX_WORDS, min_df=MIN_DOCUMENTS)
+        vectorizer = _vectorizer(max_features=max_features, min_df=MIN_DOCUMENTS)
         try:
             weights = vectorizer.fit_transform([text[:MAX_CHARS] for text in texts])
         except ValueError:
-            raise ValueError(
-                f"no word stands in {MIN_DOCUMENTS} of the {len(texts)} documents; add documents"
+            raise CorpusError(
+                f"embed: no word stands in {MIN_DOCUMENTS} of the {len(texts)} documents; add documents"
             ) from None
         size = max(1, min(dimensions, *(side - 1 for side in weights.shape)))
         _, _, components = randomized_svd(weights, size, random_state=seed)

@@ -20,6 +20,8 @@ from lightbulb.folder import write_atomically
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+CLUSTER_FOLDER = "clusters"
+"""Folder of the models that give new text its cluster, and of the clusters' picture."""
 
 
 def config_hash(config: CorpusConfig) -> str:
@@ -49,7 +51,9 @@ def damaged_files(output: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path
         for name, group in groups.items():
             folder = output / split / name
             listed.append((folder / INDEX_NAME, _sha256, group["index_sha256"]))
-            listed += [(folder / s["basename"], _shard_hash, s["hashes"][SHARD_HASH]) for s in group["shards"]]
+            listed += [(folder / s["basename"], file_hash, s["hashes"][SHARD_HASH]) for s in group["shards"]]
+    for name, expected in manifest.get("cluster_files", {}).items():
+        listed.append((output / CLUSTER_FOLDER / name, file_hash, expected))
     for path, hash_of, expected in listed:
         try:
             found = hash_of(path)
@@ -64,7 +68,8 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _shard_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """XXH64 of a file, as shards have it."""
     hasher = xxhash.xxh64()
     with path.open("rb") as file:
         while block := file.read(READ_BYTES):

@@ -54,19 +54,18 @@ def _in_arrays(hashes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return rows
 
 
-def first_of_group(rows: np.ndarray, has_words: np.ndarray, threshold: float) -> np.ndarray:
+def first_of_group(rows: np.ndarray, threshold: float) -> np.ndarray:
     """Number of the first document of each document's group of near-duplicates; its own where it is that or alone.
 
     Two documents are joined when their signatures agree in at least ``threshold`` of the places and they stand side by
     side, or one of them first, among the documents that share a band.
 
     Args:
-        rows: ``[documents, PERMUTATIONS]`` from :func:`signatures`.
-        has_words: ``[documents]``; those without words are nobody's duplicate.
+        rows: ``[documents, PERMUTATIONS]`` from :func:`signatures`, of documents that have words.
         threshold: similarity from which documents are duplicates.
     """
     count = len(rows)
-    numbers = np.flatnonzero(has_words)
+    numbers = np.arange(count)
     pairs = [np.empty((0, 2), dtype=np.int64)]
     size = rows_per_band(threshold)
     for begin in range(0, PERMUTATIONS - size + 1, size):

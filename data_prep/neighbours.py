@@ -50,4 +50,4 @@ def centres_of(vectors: np.ndarray, count: int, seed: int, restarts: int = 1) ->
         min_points_per_centroid=1,
     )
     kmeans.train(np.ascontiguousarray(vectors))
-    return kmeans.centroids
+    return np.asarray(kmeans.centroids)

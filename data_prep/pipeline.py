@@ -15,24 +15,28 @@ from rich.progress import Progress
 
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.data_prep.counts import CorpusError, Counts
-from lightbulb.data_prep.deduplicate import ExactDuplicates
-from lightbulb.data_prep.documents import Documents, dropped
+from lightbulb.data_prep.decontaminate import Contaminated
+from lightbulb.data_prep.deduplicate import ExactDuplicates, NearDuplicates, Signatures
+from lightbulb.data_prep.documents import Documents, dropped, kept
 from lightbulb.data_prep.ingest import Input, Read, inputs_digest, inputs_of, source_counts
 from lightbulb.data_prep.manifest import (
+    CLUSTER_FOLDER,
     MANIFEST_NAME,
     config_hash,
     damaged_files,
+    file_hash,
     group_entry,
     read_manifest,
     source_entry,
     write_manifest,
 )
 from lightbulb.data_prep.mds import write_index
+from lightbulb.data_prep.relate import Cluster, Embed, FitEmbedder, Order
 from lightbulb.data_prep.split import SPLITS, TRAIN, Split
-from lightbulb.data_prep.step import Output
+from lightbulb.data_prep.step import REPORT_NAME, Output
 from lightbulb.data_prep.tokenise import TOKENIZER_NAME, MakeTokenizer, Tokenise
 from lightbulb.data_prep.work import Work, display
-from lightbulb.data_prep.write import Pack, Write
+from lightbulb.data_prep.write import CLUSTERS_NAME, Pack, Write
 from lightbulb.folder import FolderError, check_writable, claim, explained, sync_folder
 
 
@@ -91,6 +95,14 @@ class _Drops:
         self.outputs.append(output)
 
 
+class _Related(NamedTuple):
+    """The steps that relate documents to each other, as far as they are wanted."""
+
+    embedder: Output | None
+    clusters: Output | None
+    order: Output | None
+
+
 class _Build:
     """The chain of steps."""
 
@@ -109,12 +121,24 @@ class _Build:
         split = work.run(Split(documents, tuple(drops.outputs), config.held_out_fraction))
         tokenizer = work.run(MakeTokenizer(config.tokenizer, documents, split))
         tokens = work.run(Tokenise(documents, split, tokenizer, config.tokenizer.eos))
-        packed = work.run(Pack(documents, split, tokens, None, None, config.pack, config.context_length, config.seed))
+        related = self.relate(documents, split)
+        packed = work.run(
+            Pack(
+                documents,
+                split,
+                tokens,
+                related.clusters,
+                related.order,
+                config.pack,
+                config.context_length,
+                config.seed,
+            )
+        )
         self.check_not_empty(packed)
         eos_id = tokenizer.reports[0]["eos_id"]
         shards = work.run(Write(packed, tokens, config.context_length, config.shard_bytes, eos_id))
         work.remove_unused()
-        return self.assemble(counts, tokenizer, packed, shards)
+        return self.assemble(counts, tokenizer, related, packed, shards)
 
     def drop(self, documents: Documents, counts: list[Counts]) -> _Drops:
         """Everything that drops whole documents, before they are divided."""
@@ -122,7 +146,32 @@ class _Build:
         wanted = self.config.deduplicate
         if wanted is not None and wanted.exact:
             drops.add("duplicate", self.work.run(ExactDuplicates(documents)), counts)
+        if wanted is not None and wanted.near is not None:
+            signed = self.work.run(Signatures(documents, kept(documents, drops.outputs), wanted.near.ngram))
+            drops.add("near_duplicate", self.work.run(NearDuplicates(signed, wanted.near)), counts)
+        if (against := self.config.decontaminate) is not None:
+            inputs = inputs_of(against.sources)
+            read = self.work.run(Read(against.sources, self.config.clean, inputs, self.config.task_bytes))
+            found = self.work.run(
+                Contaminated(documents, kept(documents, drops.outputs), Documents(read), against),
+            )
+            drops.add("contaminated", found, counts)
         return drops
+
+    def relate(self, documents: Documents, split: Output) -> "_Related":
+        """Vectors, clusters and order of the documents, as far as they are wanted."""
+        config, work = self.config, self.work
+        if config.embed is None:
+            return _Related(None, None, None)
+        embedder = work.run(FitEmbedder(documents, split, config.embed, config.seed))
+        vectors = work.run(Embed(documents, split, embedder))
+        clusters = order = None
+        if config.cluster is not None:
+            fit = config.embed.fit_documents
+            clusters = work.run(Cluster(documents, split, embedder, vectors, config.cluster, fit, config.seed))
+        if config.order.method == "in_context":
+            order = work.run(Order(documents, split, vectors, clusters, config.order, config.seed))
+        return _Related(embedder, clusters, order)
 
     def check_not_empty(self, packed: Output) -> None:
         """There is a row to train on."""
@@ -133,7 +182,9 @@ class _Build:
                 f"{self.config.context_length + 1}; add documents or lower context_length"
             )
 
-    def assemble(self, counts: list[Counts], tokenizer: Output, packed: Output, shards: Output) -> dict[str, Any]:
+    def assemble(
+        self, counts: list[Counts], tokenizer: Output, related: _Related, packed: Output, shards: Output
+    ) -> dict[str, Any]:
         """Everything that was written under its final name, the manifest last."""
         shutil.rmtree(self.corpus, ignore_errors=True)
         self.corpus.mkdir()
@@ -152,9 +203,28 @@ class _Build:
         content = {
             "tokenizer": {"file": TOKENIZER_NAME, **tokenizer.reports[0]},
             "sources": [source_entry(source, found) for source, found in zip(self.config.sources, counts, strict=True)],
+            **self.describe_related(related),
             "splits": splits,
         }
         return write_manifest(self.corpus, self.config, inputs_digest(self.inputs), content)
+
+    def describe_related(self, related: _Related) -> dict[str, Any]:
+        """What the manifest says of clusters and order; the models that assign new text are put beside it."""
+        content: dict[str, Any] = {}
+        if related.clusters is not None and related.embedder is not None:
+            folder = self.corpus / CLUSTER_FOLDER
+            models = [related.embedder.folders[0], related.clusters.folders[0]]
+            unwanted = {REPORT_NAME, CLUSTERS_NAME}
+            _link([file for model in models for file in sorted(model.iterdir()) if file.name not in unwanted], folder)
+            content["clusters"] = related.clusters.reports[0]["clusters"]
+            content["cluster_files"] = {file.name: file_hash(file) for file in sorted(folder.iterdir())}
+        if related.order is not None:
+            total = sum(report["documents"] for report in related.order.reports)
+            content["order"] = {
+                name: round(sum(r[name] * r["documents"] for r in related.order.reports) / max(1, total), 4)
+                for name in ("adjacent_similarity", "random_similarity")
+            }
+        return content
 
 
 def _link(files: Iterable[Path], folder: Path) -> None:

@@ -48,7 +48,8 @@ class Pack(Step):
 
     Attributes:
         clusters: a step that wrote ``clusters.npy``, ``[documents]`` the number of each one's cluster, or None.
-        order: a step that wrote ``order.npy``, numbers of all training documents in the order to pack, or None.
+        order: a step whose tasks wrote ``order.npy``, together the numbers of all training documents in the order to
+            pack, or None.
     """
 
     documents: Documents
@@ -93,7 +94,10 @@ class Pack(Step):
         order = np.arange(len(split))
         if self.order is not None:
             order = np.concatenate(
-                [np.load(self.order.folders[0] / ORDER_NAME), np.flatnonzero(split == SPLITS.index(HELD_OUT))]
+                [
+                    *(np.load(folder / ORDER_NAME) for folder in self.order.folders),
+                    np.flatnonzero(split == SPLITS.index(HELD_OUT)),
+                ]
             )
         order = order[split[order] != DROPPED]
         number_of = (split[order].astype(np.int64) * len(self.documents.domains) + domain[order]) * num_clusters

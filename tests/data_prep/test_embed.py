@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from lightbulb.data_prep.counts import CorpusError
 from lightbulb.data_prep.embed import SentenceEmbedder, TfidfEmbedder, load_embedder
 
 SEA = ["the ship sails over the sea with wind in its sails", "waves of the sea and a ship in the wind"]
@@ -13,7 +14,7 @@ SUMS = ["add the numbers and divide the sum by 2024", "a sum of numbers, divide 
 
 
 def test_tfidf_puts_one_subject_together() -> None:
-    embedder = TfidfEmbedder.fit([*SEA, *SUMS] * 3, 2, seed=0)
+    embedder = TfidfEmbedder.fit([*SEA, *SUMS] * 3, 2, 100, seed=0)
     vectors = embedder.embed([*SEA, *SUMS, "", "zzz"])
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [1, 1, 1, 1, 0, 0], atol=1e-6)
@@ -23,19 +24,19 @@ def test_tfidf_puts_one_subject_together() -> None:
 
 
 def test_numbers_and_stop_words_do_not_count() -> None:
-    vocabulary = TfidfEmbedder.fit(SUMS * 2, 2, seed=0).vocabulary
+    vocabulary = TfidfEmbedder.fit(SUMS * 2, 2, 100, seed=0).vocabulary
     assert "numbers" in vocabulary and not {"2024", "the", "and"} & set(vocabulary)
 
 
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
-    embedder = TfidfEmbedder.fit([*SEA, *SUMS] * 2, 3, seed=0)
+    embedder = TfidfEmbedder.fit([*SEA, *SUMS] * 2, 3, 100, seed=0)
     embedder.save(tmp_path)
     np.testing.assert_array_equal(load_embedder(tmp_path).embed(SEA), embedder.embed(SEA))
 
 
 def test_documents_without_common_words_are_refused() -> None:
-    with pytest.raises(ValueError, match="no word stands in 2 of the 2 documents; add documents"):
-        TfidfEmbedder.fit(["apple", "pear"], 2, seed=0)
+    with pytest.raises(CorpusError, match="no word stands in 2 of the 2 documents; add documents"):
+        TfidfEmbedder.fit(["apple", "pear"], 2, 100, seed=0)
 
 
 def test_a_sentence_model_from_a_folder(tmp_path: Path) -> None:
@@ -55,5 +56,5 @@ def test_a_sentence_model_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="embed.path: .* holds no model"):
+    with pytest.raises(CorpusError, match="embed.path: .* holds no model"):
         SentenceEmbedder(tmp_path)
