@@ -116,7 +116,7 @@ def opened(file: InputFile) -> Iterator[BinaryIO]:
     """
     compression = PACKED.get(os.path.splitext(file.name)[1])
     try:
-        with open(file.path, "rb") if file.is_local else fsspec.open(file.path, "rb") as raw:
+        with open(file.path, "rb", READ_BYTES) if file.is_local else fsspec.open(file.path, "rb") as raw:
             if compression is None:
                 yield raw
             else:

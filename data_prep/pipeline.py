@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
+from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.data_prep.counts import CorpusError, Counts
 from lightbulb.data_prep.decontaminate import Contaminated
@@ -33,7 +34,7 @@ from lightbulb.data_prep.manifest import (
 from lightbulb.data_prep.mds import write_index
 from lightbulb.data_prep.relate import Cluster, Embed, FitEmbedder, Order
 from lightbulb.data_prep.split import SPLITS, TRAIN, Split
-from lightbulb.data_prep.step import REPORT_NAME, Output
+from lightbulb.data_prep.step import REPORT_NAME, Output, digest
 from lightbulb.data_prep.tokenise import TOKENIZER_NAME, MakeTokenizer, Tokenise
 from lightbulb.data_prep.work import Work, display
 from lightbulb.data_prep.write import CLUSTERS_NAME, Pack, Write
@@ -58,7 +59,8 @@ def preprocess(config: CorpusConfig) -> Result:
     """
     output = config.output.expanduser()
     inputs = inputs_of(config.sources)
-    if found := _up_to_date(output, config, inputs):
+    everything = _digest(config, inputs)
+    if found := _up_to_date(output, config, everything):
         return Result(found, True)
     _refuse_foreign(output)
     folder = output.with_name(output.name + ".work")
@@ -66,7 +68,7 @@ def preprocess(config: CorpusConfig) -> Result:
         # The texts once more, their tokens, and rows of tokens with document numbers.
         check_writable(folder, 3 * sum(item.file.bytes for item in inputs))
         with display() as progress:
-            manifest = _Build(config, inputs, folder, progress).run()
+            manifest = _Build(config, inputs, folder, progress).run(everything)
         _publish(folder, output)
         if not config.keep_work:
             shutil.rmtree(folder, ignore_errors=True)
@@ -112,7 +114,8 @@ class _Build:
         self.work = Work(folder, config.executor, progress)
         self.corpus = folder / "corpus"
 
-    def run(self) -> dict[str, Any]:
+    def run(self, everything: str) -> dict[str, Any]:
+        """Build the corpus; ``everything`` is the hash of all that is read."""
         config, work = self.config, self.work
         read = work.run(Read(config.sources, config.clean, self.inputs, config.task_bytes))
         counts = source_counts(read, config.sources)
@@ -138,7 +141,7 @@ class _Build:
         eos_id = tokenizer.reports[0]["eos_id"]
         shards = work.run(Write(packed, tokens, config.context_length, config.shard_bytes, eos_id))
         work.remove_unused()
-        return self.assemble(counts, tokenizer, related, packed, shards)
+        return self.assemble(everything, counts, tokenizer, related, packed, shards)
 
     def drop(self, documents: Documents, counts: list[Counts]) -> _Drops:
         """Everything that drops whole documents, before they are divided."""
@@ -183,7 +186,13 @@ class _Build:
             )
 
     def assemble(
-        self, counts: list[Counts], tokenizer: Output, related: _Related, packed: Output, shards: Output
+        self,
+        everything: str,
+        counts: list[Counts],
+        tokenizer: Output,
+        related: _Related,
+        packed: Output,
+        shards: Output,
     ) -> dict[str, Any]:
         """Everything that was written under its final name, the manifest last."""
         shutil.rmtree(self.corpus, ignore_errors=True)
@@ -206,7 +215,7 @@ class _Build:
             **self.describe_related(related),
             "splits": splits,
         }
-        return write_manifest(self.corpus, self.config, inputs_digest(self.inputs), content)
+        return write_manifest(self.corpus, self.config, everything, content)
 
     def describe_related(self, related: _Related) -> dict[str, Any]:
         """What the manifest says of clusters and order; the models that assign new text are put beside it."""
@@ -238,10 +247,17 @@ def _link(files: Iterable[Path], folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def _up_to_date(output: Path, config: CorpusConfig, inputs: tuple[Input, ...]) -> dict[str, Any] | None:
+def _digest(config: CorpusConfig, inputs: tuple[Input, ...]) -> str:
+    """Hash of everything that is read: the sources' files and the tokenizer."""
+    path = config.tokenizer.path
+    tokenizer = Tokenizer.load(path.expanduser(), config.tokenizer.eos).digest if path is not None else None
+    return digest([inputs_digest(inputs), tokenizer])
+
+
+def _up_to_date(output: Path, config: CorpusConfig, everything: str) -> dict[str, Any] | None:
     """The manifest of a corpus that the same settings and inputs gave, if all of it is there undamaged."""
     manifest = read_manifest(output)
-    if manifest is None or manifest.get("inputs_digest") != inputs_digest(inputs):
+    if manifest is None or manifest.get("inputs_digest") != everything:
         return None
     if manifest.get("config_hash") != config_hash(config):
         return None

@@ -47,7 +47,8 @@ class MakeTokenizer(Step):
             tokenizer = Tokenizer.load(self.config.path.expanduser(), self.config.eos)
         else:
             texts = self._texts(self._chosen())
-            tokenizer = Tokenizer.train(texts, self.config.vocab_size, lambda _: task.advance(1))
+            wanted = self.config
+            tokenizer = Tokenizer.train(texts, wanted.vocab_size, lambda _: task.advance(1), wanted.method)
         tokenizer.save(task.out / TOKENIZER_NAME)
         return {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
 

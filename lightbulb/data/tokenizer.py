@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE trained here, or any lossless ``tokenizer.json``.
+"""Text to token ids and back: byte-level BPE or Unigram trained here, or any lossless ``tokenizer.json``.
 
 Documents are text, never markup: ``<|endoftext|>`` inside a document is encoded letter by letter, and the id of
 the end of a document is only ever added by the packer.
@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tokenizers
@@ -83,8 +84,17 @@ class Tokenizer:
         self._fast = fast_encoding(description, self._bytes_of, self._encode)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, progress: Callable[[int], None] | None = None) -> "Tokenizer":
-        """Learn a byte-level BPE vocabulary; ``progress`` gets the characters of each text as it is counted.
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        progress: Callable[[int], None] | None = None,
+        method: Literal["bpe", "unigram"] = "bpe",
+    ) -> "Tokenizer":
+        """Learn a byte-level vocabulary; ``progress`` gets the characters of each text as it is counted.
+
+        ``unigram`` is the language model of Kudo 2018 (arXiv:1804.10959): its vocabulary is pruned from many
+        substrings instead of being merged from bytes.
 
         Raises:
             TokenizerError: ``vocab_size`` has no room for the 256 bytes and the end of text.
@@ -94,15 +104,14 @@ class Tokenizer:
             raise TokenizerError(
                 f"vocab_size: {vocab_size} is too small; it needs at least {len(alphabet) + 1} entries"
             )
-        inner = tokenizers.Tokenizer(models.BPE())
+        inner = tokenizers.Tokenizer(models.BPE() if method == "bpe" else models.Unigram())
         split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
         inner.pre_tokenizer = pre_tokenizers.Sequence(
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
         inner.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-        )
+        make = trainers.BpeTrainer if method == "bpe" else trainers.UnigramTrainer
+        trainer = make(vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
         inner.train_from_iterator(_reported_parts(texts, progress), trainer)
         return cls(inner.to_str(pretty=True), EOS)
 
