@@ -19,6 +19,7 @@ from lightbulb.data_prep.counts import CorpusError, Counts
 from lightbulb.data_prep.deduplicate import ExactDuplicates
 from lightbulb.data_prep.documents import Documents, dropped
 from lightbulb.data_prep.ingest import Input, Read, inputs_digest, inputs_of, source_counts
+from lightbulb.data_prep.lineage import Lineage
 from lightbulb.data_prep.manifest import (
     MANIFEST_NAME,
     config_hash,
@@ -30,7 +31,7 @@ from lightbulb.data_prep.manifest import (
 )
 from lightbulb.data_prep.mds import write_index
 from lightbulb.data_prep.split import SPLITS, TRAIN, Split
-from lightbulb.data_prep.step import Output, digest
+from lightbulb.data_prep.step import REPORT_NAME, Output, digest
 from lightbulb.data_prep.tokenise import TOKENIZER_NAME, MakeTokenizer, Tokenise
 from lightbulb.data_prep.work import Work, display
 from lightbulb.data_prep.write import Pack, Write
@@ -73,10 +74,10 @@ def preprocess(config: CorpusConfig) -> Result:
 
 @dataclass
 class _Drops:
-    """Steps that dropped documents, and what each made of the sources' counts."""
+    """Steps that dropped documents, each with its reason, and what each made of the sources' counts."""
 
     documents: Documents
-    outputs: list[Output]
+    named: list[tuple[str, Output]]
 
     def add(self, reason: str, output: Output, counts: list[Counts]) -> None:
         """Count what a step dropped under its reason."""
@@ -90,7 +91,12 @@ class _Drops:
             size = int(self.documents.index["bytes"][of_source].astype(int).sum())
             counts[source].documents -= len(of_source)
             counts[source].bytes -= size
-        self.outputs.append(output)
+        self.named.append((reason, output))
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The steps."""
+        return [output for _, output in self.named]
 
 
 class _Build:
@@ -114,6 +120,7 @@ class _Build:
         tokens = work.run(Tokenise(documents, split, tokenizer, config.tokenizer.eos))
         packed = work.run(Pack(documents, split, tokens, None, None, config.pack, config.context_length, config.seed))
         self.check_not_empty(packed)
+        self.lineage = work.run(Lineage(documents, split, tuple(drops.named), None, tokens, packed))
         eos_id = tokenizer.reports[0]["eos_id"]
         shards = work.run(Write(packed, tokens, config.context_length, config.shard_bytes, eos_id))
         work.remove_unused()
@@ -143,6 +150,7 @@ class _Build:
         shutil.rmtree(self.corpus, ignore_errors=True)
         self.corpus.mkdir()
         _link([tokenizer.folders[0] / TOKENIZER_NAME], self.corpus)
+        _link_tree(self.lineage.folders[0], self.corpus / "lineage")
         splits: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
         for group in packed.reports[0]["groups"]:
             if group["rows"]:
@@ -178,6 +186,13 @@ def _digest(config: CorpusConfig, inputs: tuple[Input, ...]) -> str:
     path = config.tokenizer.path
     tokenizer = Tokenizer.load(path.expanduser(), config.tokenizer.eos).digest if path is not None else None
     return digest([inputs_digest(inputs), tokenizer])
+
+
+def _link_tree(source: Path, folder: Path) -> None:
+    """All files of a finished task but its report, under another folder."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and path.name != REPORT_NAME:
+            _link([path], folder / path.relative_to(source).parent)
 
 
 def _up_to_date(output: Path, config: CorpusConfig, everything: str) -> dict[str, Any] | None:
