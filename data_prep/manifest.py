@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ from lightbulb.folder import write_atomically
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-CLUSTER_FOLDER = "clusters"
-"""Folder of the models that give new text its cluster, and of the clusters' picture."""
 
 
 def config_hash(config: CorpusConfig) -> str:
@@ -40,21 +38,34 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
     return manifest if is_ours else None
 
 
+def listed_files(output: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, Callable[[Path], str], str]]:
+    """Every file the manifest lists, what it is hashed with and its hash.
+
+    Raises:
+        KeyError: the manifest lacks something.
+    """
+    yield output / TOKENIZER_NAME, _sha256, manifest["tokenizer"]["digest"]
+    for name, expected in manifest["files"].items():
+        yield output / name, file_hash, expected
+    for split, groups in manifest["splits"].items():
+        for name, group in groups.items():
+            folder = output / split / name
+            yield folder / INDEX_NAME, _sha256, group["index_sha256"]
+            for shard in group["shards"]:
+                yield folder / shard["basename"], file_hash, shard["hashes"][SHARD_HASH]
+
+
 def damaged_files(output: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, str]]:
     """Every file the manifest lists that is not what was written, and what is wrong with it.
 
     Raises:
         KeyError: the manifest lacks something.
     """
-    listed = [(output / TOKENIZER_NAME, _sha256, manifest["tokenizer"]["digest"])]
-    for split, groups in manifest["splits"].items():
-        for name, group in groups.items():
-            folder = output / split / name
-            listed.append((folder / INDEX_NAME, _sha256, group["index_sha256"]))
-            listed += [(folder / s["basename"], file_hash, s["hashes"][SHARD_HASH]) for s in group["shards"]]
-    for name, expected in manifest.get("cluster_files", {}).items():
-        listed.append((output / CLUSTER_FOLDER / name, file_hash, expected))
-    for path, hash_of, expected in listed:
+    root = output.resolve()
+    for path, hash_of, expected in listed_files(output, manifest):
+        if not path.resolve().is_relative_to(root):
+            yield path, "listed, but not inside the corpus"
+            continue
         try:
             found = hash_of(path)
         except OSError as error:
@@ -62,6 +73,12 @@ def damaged_files(output: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path
         else:
             if found != expected:
                 yield path, f"damaged: its hash is {found[:16]}, manifest.json says {expected[:16]}"
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """Hash of everything in the manifest but the hash itself."""
+    content = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -94,7 +111,12 @@ def group_entry(folder: Path, group: dict[str, Any], shards: Sequence[dict[str, 
 
 
 def write_manifest(folder: Path, config: CorpusConfig, inputs_digest: str, content: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest, the last file of a corpus; ``content`` is what its steps reported."""
+    """Write the manifest, the last file of a corpus; ``content`` is what its steps reported.
+
+    Besides the tokenizer and the shards, it lists every file that is in the folder.
+    """
+    shards = {folder / split / name for split, groups in content["splits"].items() for name in groups}
+    others = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent not in shards]
     manifest = {
         "format": FORMAT_VERSION,
         "config_hash": config_hash(config),
@@ -102,12 +124,16 @@ def write_manifest(folder: Path, config: CorpusConfig, inputs_digest: str, conte
         "context_length": config.context_length,
         "seed": config.seed,
         **content,
+        "files": {
+            path.relative_to(folder).as_posix(): file_hash(path) for path in others if path.name != TOKENIZER_NAME
+        },
         "config": config.settings(),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("lightbulb", "tokenizers", "numpy", "datatrove")},
         },
     }
+    manifest["digest"] = manifest_digest(manifest)
     options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
     write_atomically(folder / MANIFEST_NAME, orjson.dumps(manifest, option=options))
     return manifest

@@ -20,12 +20,11 @@ from lightbulb.data_prep.decontaminate import Contaminated
 from lightbulb.data_prep.deduplicate import ExactDuplicates, NearDuplicates, Signatures
 from lightbulb.data_prep.documents import Documents, dropped, kept
 from lightbulb.data_prep.ingest import Input, Read, inputs_digest, inputs_of, source_counts
+from lightbulb.data_prep.lineage import Lineage
 from lightbulb.data_prep.manifest import (
-    CLUSTER_FOLDER,
     MANIFEST_NAME,
     config_hash,
     damaged_files,
-    file_hash,
     group_entry,
     read_manifest,
     source_entry,
@@ -39,6 +38,9 @@ from lightbulb.data_prep.tokenise import TOKENIZER_NAME, MakeTokenizer, Tokenise
 from lightbulb.data_prep.work import Work, display
 from lightbulb.data_prep.write import CLUSTERS_NAME, Pack, Write
 from lightbulb.folder import FolderError, check_writable, claim, explained, sync_folder
+
+CLUSTER_FOLDER = "clusters"
+"""Of the models that give new text its cluster, and of the clusters' picture."""
 
 
 class Result(NamedTuple):
@@ -77,10 +79,10 @@ def preprocess(config: CorpusConfig) -> Result:
 
 @dataclass
 class _Drops:
-    """Steps that dropped documents, and what each made of the sources' counts."""
+    """Steps that dropped documents, each with its reason, and what each made of the sources' counts."""
 
     documents: Documents
-    outputs: list[Output]
+    named: list[tuple[str, Output]]
 
     def add(self, reason: str, output: Output, counts: list[Counts]) -> None:
         """Count what a step dropped under its reason."""
@@ -94,7 +96,12 @@ class _Drops:
             size = int(self.documents.index["bytes"][of_source].astype(int).sum())
             counts[source].documents -= len(of_source)
             counts[source].bytes -= size
-        self.outputs.append(output)
+        self.named.append((reason, output))
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The steps."""
+        return [output for _, output in self.named]
 
 
 class _Related(NamedTuple):
@@ -138,6 +145,7 @@ class _Build:
             )
         )
         self.check_not_empty(packed)
+        self.lineage = work.run(Lineage(documents, split, tuple(drops.named), None, tokens, packed))
         eos_id = tokenizer.reports[0]["eos_id"]
         shards = work.run(Write(packed, tokens, config.context_length, config.shard_bytes, eos_id))
         work.remove_unused()
@@ -198,6 +206,7 @@ class _Build:
         shutil.rmtree(self.corpus, ignore_errors=True)
         self.corpus.mkdir()
         _link([tokenizer.folders[0] / TOKENIZER_NAME], self.corpus)
+        _link_tree(self.lineage.folders[0], self.corpus / "lineage")
         splits: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
         for group in packed.reports[0]["groups"]:
             if group["rows"]:
@@ -226,7 +235,6 @@ class _Build:
             unwanted = {REPORT_NAME, CLUSTERS_NAME}
             _link([file for model in models for file in sorted(model.iterdir()) if file.name not in unwanted], folder)
             content["clusters"] = related.clusters.reports[0]["clusters"]
-            content["cluster_files"] = {file.name: file_hash(file) for file in sorted(folder.iterdir())}
         if related.order is not None:
             total = sum(report["documents"] for report in related.order.reports)
             content["order"] = {
@@ -252,6 +260,13 @@ def _digest(config: CorpusConfig, inputs: tuple[Input, ...]) -> str:
     path = config.tokenizer.path
     tokenizer = Tokenizer.load(path.expanduser(), config.tokenizer.eos).digest if path is not None else None
     return digest([inputs_digest(inputs), tokenizer])
+
+
+def _link_tree(source: Path, folder: Path) -> None:
+    """All files of a finished task but its report, under another folder."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and path.name != REPORT_NAME:
+            _link([path], folder / path.relative_to(source).parent)
 
 
 def _up_to_date(output: Path, config: CorpusConfig, everything: str) -> dict[str, Any] | None:

@@ -23,8 +23,8 @@ CLUSTERS_NAME = "clusters.npy"
 ORDER_NAME = "order.npy"
 TASK_TOKENS = 1 << 27
 
-SEGMENT = np.dtype([("start", "<u8"), ("task", "<u4"), ("length", "<u4")])
-"""Where a segment's tokens begin in the tokens of its task, the task, and how many there are."""
+SEGMENT = np.dtype([("document", "<u8"), ("start", "<u8"), ("task", "<u4"), ("length", "<u4")])
+"""A segment's document, where its tokens begin in the tokens of its task, the task, and how many there are."""
 
 
 class Group(NamedTuple):
@@ -78,6 +78,7 @@ class Pack(Step):
             rows = self._rows(group, lengths[group.documents])
             numbers = group.documents[rows.document]
             segments = np.empty(len(numbers), dtype=SEGMENT)
+            segments["document"] = numbers
             segments["task"] = np.searchsorted(self.documents.starts, numbers, side="right") - 1
             segments["start"] = starts[numbers] + rows.start
             segments["length"] = rows.length
@@ -222,7 +223,7 @@ class Write(Step):
 
     def rows(self, segments: np.ndarray, ends: np.ndarray, tokens: Sequence[np.ndarray]) -> np.ndarray:
         """``[rows]`` of the shards' dtype from their segments; what a row lacks is padding."""
-        pieces = [tokens[task][start : start + length] for start, task, length in segments.tolist()]
+        pieces = [tokens[task][start : start + length] for _, start, task, length in segments.tolist()]
         counts = np.diff(ends, prepend=0)
         number = np.arange(len(segments)) - np.repeat(ends - counts, counts) + 1
         filled = np.add.reduceat(segments["length"].astype(np.int64), ends - counts)

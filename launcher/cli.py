@@ -14,7 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("lightbulb.launcher.doctor", "show what is installed, what is missing and what that costs"),
     "preprocess": ("lightbulb.launcher.preprocess", "write a corpus as shards of tokens"),
     "pretrain": ("lightbulb.launcher.pretrain", "train a model on shards; resumes where it stopped"),
-    "verify": ("lightbulb.launcher.verify", "check a run's checkpoints, sample ledger and data"),
+    "verify": ("lightbulb.launcher.verify", "check a corpus, or a run's checkpoints, sample ledger and data"),
     "prove": ("lightbulb.launcher.prove", "compare every parallel layout with one process"),
     "generate": ("lightbulb.launcher.generate", "continue a prompt with a trained model"),
     "report": ("lightbulb.launcher.report", "draw a run's curves and write report.html"),
