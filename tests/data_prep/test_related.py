@@ -134,7 +134,7 @@ def test_changing_the_clusters_redoes_only_what_depends_on_them(tmp_path: Path) 
     preprocess(corpus_config(tmp_path, texts, **options, cluster={"num_clusters": 3}))
     after = {path: path.stat().st_mtime_ns for path in work.glob("*/*/report.json")}
     redone = {path.parent.parent.name for path in after.keys() - before.keys()}
-    assert redone == {"clusters", "pack", "shards"}
+    assert redone == {"clusters", "pack", "lineage", "shards"}
     assert all(after[path] == before[path] for path in before.keys() & after.keys())
 
 
