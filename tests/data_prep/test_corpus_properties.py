@@ -58,9 +58,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(texts=st.lists(any_text, max_size=30), method=st.sampled_from(METHODS), stop_words=st.sampled_from([0, 1]))
-def test_nothing_is_lost(tmp_path: Path, texts: list[str], method: str, stop_words: int) -> None:
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(texts=st.lists(any_text, max_size=30), method=st.sampled_from(METHODS))
+def test_nothing_is_lost(tmp_path: Path, texts: list[str], method: str) -> None:
     config, manifest = build(tmp_path, texts, pack={"method": method})
     [source] = manifest["sources"]
     entry = manifest["splits"]["train"]["jsonl"]
@@ -91,7 +91,7 @@ def test_nothing_is_lost(tmp_path: Path, texts: list[str], method: str, stop_wor
             found.setdefault(piece["document"], {})[piece["start"] + i] = token
     for row, end in zip(rows, ends, strict=True):
         assert (row["document_ids"][:end] > 0).all() and (row["document_ids"][end:] == 0).all()
-    by_file = [[text for text in ["word " * 60, "other " * 40, *texts][i::3]] for i in range(3)]
+    by_file = [["word " * 60, "other " * 40, *texts][i::3] for i in range(3)]
     in_order = [text for part in by_file for text in part if text.strip() and "\0" not in text]
     unused = 0
     for line, text in zip(lineage, in_order, strict=True):
@@ -104,13 +104,20 @@ def test_nothing_is_lost(tmp_path: Path, texts: list[str], method: str, stop_wor
     assert unused == entry["unused_tokens"] < (1 if method == "best_fit" else 17)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_same_bytes_however_the_work_is_cut(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "workers"),
+    [
+        ("concatenate", 1),
+        ("best_fit", 1),
+        ("ordered", 1),
+        ("concatenate", 2),
+        pytest.param("concatenate", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_same_bytes_however_the_work_is_cut(tmp_path: Path, method: str, workers: int) -> None:
     texts = [f"document {i} " * (i % 23) + EOS for i in range(200)] + ["again and again"] * 7
-    changes: dict[str, Any] = {"pack": {"method": method}, "held_out_fraction": 0.1}
-    (config, _), expected = (result := build(tmp_path / "a", texts, **changes)), files_of(result[0].output)
-    for number, workers in enumerate((1, 2, 4)):
-        small = {"task_bytes": 2_000, "executor": {"workers": workers}, "output": str(tmp_path / f"out{number}")}
-        again = build_config(CorpusConfig, config.model_dump(mode="json") | small)
-        preprocess(again)
-        assert files_of(again.output) == expected
+    config, _ = build(tmp_path / "a", texts, pack={"method": method}, held_out_fraction=0.1)
+    small = {"task_bytes": 2_000, "executor": {"workers": workers}, "output": str(tmp_path / "cut")}
+    again = build_config(CorpusConfig, config.model_dump(mode="json") | small)
+    preprocess(again)
+    assert files_of(again.output) == files_of(config.output)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class Squares(Step):
             raise ValueError("two is one too many")
         if number == 2 and self.fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        return {"pid": os.getpid(), "threads": task.threads}
+        heavy = sorted({"torch", "streaming", "transformers"} & sys.modules.keys())
+        return {"pid": os.getpid(), "threads": task.threads, "heavy": heavy}
 
 
 def work_in(folder: Path, workers: int = 1) -> Work:
@@ -83,8 +85,9 @@ def test_tasks_in_other_processes(tmp_path: Path) -> None:
     assert squares(output) == [1, 4, 9, 16]
     assert os.getpid() not in {report["pid"] for report in output.reports}
     assert {report["threads"] for report in output.reports} == {1}
-    alone = work_in(tmp_path / "w", workers=2).run(Squares((5,)))
-    assert alone.reports == [{"pid": os.getpid(), "threads": 2}]
+    assert not any(report["heavy"] for report in output.reports)
+    [alone] = work_in(tmp_path / "w", workers=2).run(Squares((5,))).reports
+    assert (alone["pid"], alone["threads"]) == (os.getpid(), 2)
 
 
 @pytest.mark.parametrize(
