@@ -30,6 +30,9 @@ from lightbulb.data_prep.step import Step, owner_of, perform
 POLL_SECONDS = 0.1
 SLURM_POLL_SECONDS = 10.0
 
+# Imported once by the server that workers are forked from, instead of by every worker of every step.
+multiprocess.set_forkserver_preload(["lightbulb.data_prep.pipeline"])
+
 # datatrove reports on standard error what the display shows; workers import this file before they begin.
 logger.disable("datatrove")
 

@@ -22,6 +22,7 @@ from lightbulb.data_prep.tokenise import token_lengths
 from lightbulb.data_prep.write import CLUSTERS_NAME
 from lightbulb.folder import explained
 
+LINEAGE_FOLDER = "lineage"
 DOCUMENTS_NAME = "documents.parquet"
 ROWS_FOLDER = "rows"
 BLOCK = 1 << 16

@@ -67,6 +67,14 @@ class ShardFormat:
         raw = {"basename": path.name, "bytes": size, "hashes": {SHARD_HASH: hasher.hexdigest()}}
         return {**self._config, "raw_data": raw, "samples": len(rows), "zip_data": None}
 
+    def read(self, path: Path, row: int) -> np.void:
+        """One row of a shard that was written in this format."""
+        with path.open("rb") as file:
+            file.seek(4 * (row + 1))
+            offset = int.from_bytes(file.read(4), "little")
+            file.seek(offset)
+            return np.frombuffer(file.read(self.row.itemsize), dtype=self.row)[0]
+
 
 def write_index(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
     """Write the index of a folder of shards.

@@ -20,7 +20,7 @@ from lightbulb.data_prep.decontaminate import Contaminated
 from lightbulb.data_prep.deduplicate import ExactDuplicates, NearDuplicates, Signatures
 from lightbulb.data_prep.documents import Documents, dropped, kept
 from lightbulb.data_prep.ingest import Input, Read, inputs_digest, inputs_of, source_counts
-from lightbulb.data_prep.lineage import Lineage
+from lightbulb.data_prep.lineage import LINEAGE_FOLDER, Lineage
 from lightbulb.data_prep.manifest import (
     MANIFEST_NAME,
     config_hash,
@@ -206,7 +206,7 @@ class _Build:
         shutil.rmtree(self.corpus, ignore_errors=True)
         self.corpus.mkdir()
         _link([tokenizer.folders[0] / TOKENIZER_NAME], self.corpus)
-        _link_tree(self.lineage.folders[0], self.corpus / "lineage")
+        _link_tree(self.lineage.folders[0], self.corpus / LINEAGE_FOLDER)
         splits: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
         for group in packed.reports[0]["groups"]:
             if group["rows"]:
