@@ -47,6 +47,9 @@ class RecordSourceConfig(FileSourceConfig):
     template: str | None = None
     """Text made of several fields, for example "{question}\\n{answer}"; in place of text_field."""
 
+    join: str = ", "
+    """Stands between the items of a field of the template that is a list."""
+
     id_field: str | None = None
     """Field that names a document in messages and decides whether it is held out; its place in the file otherwise."""
 

@@ -38,6 +38,10 @@ class Counts:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, in the order of their names."""
-        named = {"repaired": self.repaired, "dropped": self.dropped, "first_dropped": self.first_dropped}
-        sizes = {"documents": self.documents, "bytes": self.bytes}
+        named: dict[str, dict[str, Any]] = {
+            "repaired": self.repaired,
+            "dropped": self.dropped,
+            "first_dropped": self.first_dropped,
+        }
+        sizes: dict[str, Any] = {"documents": self.documents, "bytes": self.bytes}
         return sizes | {name: dict(sorted(values.items())) for name, values in named.items()}

@@ -193,7 +193,7 @@ def kept(documents: Documents, drops: Sequence[Output]) -> np.ndarray:
 
 def array_hash(array: np.ndarray) -> str:
     """Hash of an array's type and content, for the parts of tasks that depend on it."""
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array)) + array.dtype.str
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).data) + array.dtype.str
 
 
 def named(value: Any) -> str:

@@ -60,7 +60,7 @@ class ShardFormat:
         hasher = xxhash.xxh64()
         size = 0
         with explained(path, rows.nbytes), path.open("wb") as file:
-            for piece in (np.uint32(len(rows)).tobytes(), offsets.astype(np.uint32).tobytes(), self._header, rows):
+            for piece in (np.uint32(len(rows)).tobytes(), offsets.astype(np.uint32).tobytes(), self._header, rows.data):
                 hasher.update(piece)
                 size += memoryview(piece).nbytes
                 file.write(piece)

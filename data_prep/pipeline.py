@@ -132,20 +132,11 @@ class _Build:
         tokenizer = work.run(MakeTokenizer(config.tokenizer, documents, split))
         tokens = work.run(Tokenise(documents, split, tokenizer, config.tokenizer.eos))
         related = self.relate(documents, split)
-        packed = work.run(
-            Pack(
-                documents,
-                split,
-                tokens,
-                related.clusters,
-                related.order,
-                config.pack,
-                config.context_length,
-                config.seed,
-            )
-        )
+        clusters, order = related.clusters, related.order
+        pack = Pack(documents, split, tokens, clusters, order, config.pack, config.context_length, config.seed)
+        packed = work.run(pack)
         self.check_not_empty(packed)
-        self.lineage = work.run(Lineage(documents, split, tuple(drops.named), None, tokens, packed))
+        self.lineage = work.run(Lineage(documents, split, tuple(drops.named), clusters, tokens, packed))
         eos_id = tokenizer.reports[0]["eos_id"]
         shards = work.run(Write(packed, tokens, config.context_length, config.shard_bytes, eos_id))
         work.remove_unused()

@@ -266,7 +266,7 @@ def _from_record(source: RecordSourceConfig, record: Any, reading: Reading, plac
         if not (isinstance(value, str) if source.template is None else isinstance(value, str | int | float | list)):
             reading.drop(f"no_field_{field}", place)
             return
-    text = values[source.text_field] if source.template is None else _filled(source.template, values)
+    text = values[source.text_field] if source.template is None else _filled(source.template, source.join, values)
     if len(text) > MAX_DOCUMENT_BYTES:
         reading.drop("too_long", place)
         return
@@ -285,14 +285,14 @@ def _field(record: Any, field: str) -> Any:
     return record
 
 
-def _filled(template: str, values: dict[str, Any]) -> str:
-    """The template with its fields' values; lists are joined. Only names are looked up, never attributes."""
+def _filled(template: str, join: str, values: dict[str, Any]) -> str:
+    """The template with its fields' values, lists joined. Only names are looked up, never attributes."""
     text = io.StringIO()
     for literal, field, _, _ in string.Formatter().parse(template):
         text.write(literal)
         if field:
             value = values[field]
-            text.write(", ".join(map(str, value)) if isinstance(value, list) else str(value))
+            text.write(join.join(map(str, value)) if isinstance(value, list) else str(value))
     return text.getvalue()
 
 

@@ -195,3 +195,66 @@ def test_manifest_that_is_not_json_does_not_count_as_a_corpus(texts: Path) -> No
     (config.output / "manifest.json").write_text("{")
     assert not preprocess(config).is_up_to_date
     assert orjson.loads((config.output / "manifest.json").read_bytes())["format"] == 2
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({"a.txt": ""}, r"source text .*: no usable document; dropped 1 empty \(first: a\.txt\)"),
+        ({"a.txt": " \n\t", "b.txt": "\0"}, r"dropped 1 empty \(first: a\.txt\), 1 not_text \(first: b\.txt\)"),
+        ({"a.txt": "x" * ((1 << 24) + 1)}, r"dropped 1 too_long \(first: a\.txt\); set sources\.delimiter"),
+        ({"a.txt": "x"}, "held_out_fraction: domain 'text' has one document"),
+        ({"a.txt": "x", "b.txt": "y"}, r"sources: 2 training tokens do not fill one row of 17"),
+    ],
+    ids=["empty", "blank", "long", "one", "few"],
+)
+def test_corpora_of_nothing_are_refused_with_counts(tmp_path: Path, contents: dict[str, str], message: str) -> None:
+    """Fault 47."""
+    (tmp_path / "texts").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "texts" / name).write_text(content)
+    source = {"type": "text", "path": str(tmp_path / "texts")}
+    with pytest.raises(CorpusError, match=message):
+        preprocess(corpus_config(tmp_path / "texts", sources=[source], executor={"workers": 1}))
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_input_that_changes_meanwhile_is_refused(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 49."""
+    config = corpus_config(texts)
+
+    def write_more(*arguments: Any) -> Any:
+        (texts / "plain" / "05.txt").write_text("quite another text")
+        return inputs
+
+    inputs = pipeline.inputs_of(config.sources)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CorpusError, match=r"05\.txt: changed while the corpus was made"),
+    ):
+        patch.setattr(pipeline, "inputs_of", write_more)
+        preprocess(config)
+    preprocess(config)
+    assert preprocess(config).is_up_to_date
+
+
+def test_only_what_changed_is_done_again(texts: Path) -> None:
+    """A new file redoes the tasks that read it; another context length keeps texts, tokenizer and tokens."""
+    config = corpus_config(texts, keep_work=True, task_bytes=1000, executor={"workers": 1})
+
+    def finished() -> dict[str, set[str]]:
+        work = texts.parent / "corpus.work"
+        steps = {path.parent.parent.name for path in work.glob("*/*/report.json")}
+        return {step: {path.name for path in (work / step).iterdir()} for step in steps}
+
+    preprocess(config)
+    first = finished()
+    preprocess(config.model_copy(update={"context_length": 8}))
+    second = finished()
+    for step in ("read", "split", "tokenizer", "tokens"):
+        assert second[step] == first[step]
+    assert not second["pack"] & first["pack"] and not second["shards"] & first["shards"]
+    (texts / "poems" / "99.txt").write_text("one poem more\n" * 3)
+    preprocess(config.model_copy(update={"context_length": 8}))
+    third = finished()
+    assert len(third["read"] - second["read"]) == 1 and not second["tokens"] & third["tokens"]
