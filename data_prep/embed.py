@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import orjson
+import xxhash
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.utils.extmath import randomized_svd
@@ -28,6 +29,7 @@ MIN_DOCUMENTS = 2
 _WORD = re.compile(r"(?u)\b\w\w+\b")
 _MODEL, _VECTORS, _SENTENCE_MODEL = "tfidf.json", "tfidf.npy", "sentence_model.json"
 _SENTENCE_BATCH = 32
+_READ_BYTES = 1 << 20
 
 
 class Embedder(Protocol):
@@ -75,6 +77,23 @@ class SentenceEmbedder:
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / _SENTENCE_MODEL, orjson.dumps({"folder": str(self.folder.resolve())}))
+
+
+def model_digest(folder: Path) -> str:
+    """Hash of every file of a model's folder.
+
+    Raises:
+        CorpusError: there is no such folder.
+    """
+    folder, hasher = folder.expanduser(), xxhash.xxh3_128()
+    if not folder.is_dir():
+        raise CorpusError(f"embed.path: {folder}: no such folder; name one that transformers can load a model from")
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        hasher.update(f"{path.relative_to(folder)}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                hasher.update(block)
+    return hasher.hexdigest()
 
 
 def load_embedder(folder: Path) -> Embedder:

@@ -19,6 +19,7 @@ from lightbulb.data_prep.counts import CorpusError, Counts
 from lightbulb.data_prep.decontaminate import Contaminated
 from lightbulb.data_prep.deduplicate import ExactDuplicates, NearDuplicates, Signatures
 from lightbulb.data_prep.documents import Documents, dropped, kept
+from lightbulb.data_prep.embed import model_digest
 from lightbulb.data_prep.ingest import Input, Read, inputs_digest, inputs_of, source_counts
 from lightbulb.data_prep.lineage import LINEAGE_FOLDER, Lineage
 from lightbulb.data_prep.manifest import (
@@ -247,10 +248,15 @@ def _link(files: Iterable[Path], folder: Path) -> None:
 
 
 def _digest(config: CorpusConfig, inputs: tuple[Input, ...]) -> str:
-    """Hash of everything that is read: the sources' files and the tokenizer."""
+    """Hash of everything that is read: the sources' files, the tokenizer, evaluation texts, a model of sentences."""
     path = config.tokenizer.path
     tokenizer = Tokenizer.load(path.expanduser(), config.tokenizer.eos).digest if path is not None else None
-    return digest([inputs_digest(inputs), tokenizer])
+    found: list[Any] = [inputs_digest(inputs), tokenizer]
+    if config.decontaminate is not None:
+        found.append(inputs_digest(inputs_of(config.decontaminate.sources)))
+    if config.embed is not None and config.embed.path is not None:
+        found.append(model_digest(config.embed.path))
+    return digest(found)
 
 
 def _link_tree(source: Path, folder: Path) -> None:

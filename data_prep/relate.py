@@ -13,7 +13,7 @@ import numpy as np
 from lightbulb.data_prep.cluster import BLOCK, Clusters, describe, draw
 from lightbulb.data_prep.config import ClusterConfig, EmbedConfig, OrderConfig
 from lightbulb.data_prep.documents import Documents, array_hash, batched
-from lightbulb.data_prep.embed import Embedder, SentenceEmbedder, TfidfEmbedder, load_embedder
+from lightbulb.data_prep.embed import Embedder, SentenceEmbedder, TfidfEmbedder, load_embedder, model_digest
 from lightbulb.data_prep.order import in_context_order
 from lightbulb.data_prep.split import DROPPED, SPLITS, TRAIN, load_split
 from lightbulb.data_prep.step import Output, Step, Task
@@ -38,9 +38,11 @@ class FitEmbedder(Step):
     title = "Fitting vectors"
 
     def settings(self) -> Any:
-        return [self.config.model_dump(mode="json"), self.seed]
+        return [self.config.model_dump(mode="json", exclude={"path"}), self.seed]
 
     def parts(self) -> Sequence[Any]:
+        if self.config.path is not None:
+            return [model_digest(self.config.path)]
         return [{"documents": self.documents.read.keys, "split": self.split.keys}]
 
     def run_task(self, rank: int, task: Task) -> dict[str, Any]:

@@ -72,6 +72,18 @@ def test_evaluation_texts_are_found(tmp_path: Path) -> None:
     assert manifest["sources"][0]["first_dropped"]["contaminated"] == "texts.jsonl:4"
 
 
+def test_other_evaluation_texts_make_another_corpus(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    texts = [document(rng, "sea") for _ in range(20)]
+    path = write_jsonl(tmp_path / "eval.jsonl", ["nothing of that"])
+    against = {"sources": [{"type": "jsonl", "domain": "eval", "path": str(path)}]}
+    config = corpus_config(tmp_path, texts, decontaminate=against)
+    assert not preprocess(config).is_up_to_date and preprocess(config).is_up_to_date
+    write_jsonl(path, [texts[4]])
+    result = preprocess(config)
+    assert not result.is_up_to_date and result.manifest["sources"][0]["dropped"] == {"contaminated": 1}
+
+
 def test_clusters_are_the_subjects_and_each_has_its_folder(tmp_path: Path) -> None:
     rng = random.Random(2)
     kinds = [kind for kind in SUBJECTS for _ in range(30)]
