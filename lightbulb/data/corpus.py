@@ -14,6 +14,9 @@ from lightbulb.data.shards import Row, Shards
 
 Split = Literal["train", "held_out"]
 
+GROUP = r"^[a-z0-9][a-z0-9_-]{0,63}(/cluster-[0-9]{2,4})?$"
+"""A domain, or one cluster of it: a folder below the split's."""
+
 
 class _Domain(BaseModel):
     rows: StrictInt
@@ -30,10 +33,10 @@ class _Tokenizer(BaseModel):
 class _Manifest(BaseModel):
     """What training needs of manifest.json; the rest is for people."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     context_length: StrictInt
     tokenizer: _Tokenizer
-    splits: dict[Split, dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")], _Domain]]
+    splits: dict[Split, dict[Annotated[str, Field(pattern=GROUP)], _Domain]]
 
 
 class Corpus:
