@@ -162,9 +162,9 @@ def draw(clusters: Clusters, vectors: np.ndarray, chosen: np.ndarray, labels: li
     flat, centres = ((x - middle) @ axes[:2].T for x in (points, clusters.centres))
     figure = Figure(figsize=(9, 6), layout="constrained")
     plot = figure.add_subplot()
-    palette = matplotlib.colormaps["tab20"]
+    palette = matplotlib.colormaps["tab10" if len(labels) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     for number, label in enumerate(labels):
-        mine, colour = flat[colours == number], palette(number % 20)
+        mine, colour = flat[colours == number], palette[number % len(palette)]
         plot.scatter(mine[:, 0], mine[:, -1], s=6, color=colour, alpha=0.6, linewidths=0, label=f"{number}: {label}")
         plot.scatter(centres[number, 0], centres[number, -1], s=90, color=colour, marker="X", edgecolors="black")
     plot.set(xlabel="first direction", ylabel="second direction", title="Clusters of documents (crosses: centres)")
