@@ -6,7 +6,6 @@ learned, Xiao et al. 2023, arXiv:2309.17453). The mask is never formed: a :class
 query what it sees. Same inputs, same bits.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
