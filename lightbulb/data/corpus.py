@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from lightbulb.config import describe
 from lightbulb.data.config import DataError
+from lightbulb.data.mixture import Group
 from lightbulb.data.shards import Row, Shards
 
 Split = Literal["train", "held_out"]
@@ -43,7 +44,8 @@ class Corpus:
     """Rows of one split, domain after domain in the order of their names.
 
     Attributes:
-        domains: the rows of each domain by themselves.
+        domains: the rows of each domain by themselves, or of each cluster of one.
+        groups: rows and tokens of the same.
         digest: changes with any row of the split.
         tokenizer_digest: hash of the tokenizer the rows were written with.
         num_tokens: tokens of the documents in the split.
@@ -68,6 +70,7 @@ class Corpus:
                     f"{path / split / name}: {len(self.domains[name])} rows, manifest.json says {domain.rows}; "
                     "run `lightbulb preprocess` again"
                 )
+        self.groups = {name: Group(domain.rows, domain.tokens) for name, domain in domains}
         self._shards = list(self.domains.values())
         self._ends = np.cumsum([domain.rows for _, domain in domains], dtype=np.int64)
         self.num_tokens = sum(domain.tokens for _, domain in domains)
