@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightbulb.data.config import DataConfig, DataError, MixtureConfig
 from lightbulb.data.corpus import Corpus
-from lightbulb.data.mixture import resolve
+from lightbulb.data.mixture import domain_of, resolve
 from lightbulb.data.sequence import Draw, SampleSequence
 
 IGNORED_LABEL = -100
@@ -33,14 +33,15 @@ class Batch(NamedTuple):
         document_ids: number of each input's document within its row, or None without ``document_mask``.
         sample_ids: place of each row in the endless sequence of epochs (held out: its number), whichever rank reads
             it; ``PADDING_SAMPLE`` where a batch has no row.
-        group_places: ``[batch, 2]``: number of each row's group and its place in that group's sequence, or None
-            without a mixture.
+        groups: number of each row's group; ``PADDING_SAMPLE`` where a batch has no row.
+        group_places: with a mixture, the place of each row in the sequence of its group.
     """
 
     tokens: Tensor
     labels: Tensor
     document_ids: Tensor | None
     sample_ids: Tensor
+    groups: Tensor
     group_places: Tensor | None = None
 
 
@@ -217,24 +218,12 @@ class TrainLoader:
     def _read(self, first: int, drawn: np.ndarray) -> _Step:
         """The step that begins with a sample; changes nothing but what is cached."""
         draw = self.sequence.draw(first, self.global_batch_size, drawn)
-        own = slice(self._offset, self._offset + self._part)
-        ids = np.arange(first, first + self.global_batch_size)[own]
-        rows, places = draw.rows[own], _group_places(draw, own)
-        size = self.micro_batch_size
+        size, mask = self.micro_batch_size, self.data.document_mask
+        starts = range(self._offset, self._offset + self._part, size)
         batches = [
-            _batch(
-                self.corpus, rows[i : i + size], ids[i : i + size], size, self.data.document_mask,
-                None if places is None else places[i : i + size],
-            )
-            for i in range(0, self._part, size)
-        ]  # fmt: skip
+            _batch(self.corpus, draw.part(i, i + size), np.arange(i, i + size) + first, size, mask) for i in starts
+        ]
         return _Step(batches, drawn + np.bincount(draw.groups, minlength=len(drawn)))
-
-
-def _group_places(draw: Draw, part: slice) -> Tensor | None:
-    if draw.places is None:
-        return None
-    return torch.from_numpy(np.stack([draw.groups[part], draw.places[part]], axis=1))
 
 
 def _checked_counts(state: dict[str, Any], names: Sequence[str], consumed: int) -> tuple[int, np.ndarray]:
@@ -261,6 +250,9 @@ class HeldOut:
         data_size: how many data-parallel processes there are.
         max_rows: take so many rows only, evenly spaced, so that every domain keeps its share.
 
+    Attributes:
+        domains: names of the domains, by number.
+
     Raises:
         DataError: the corpus is damaged or has no held-out rows.
     """
@@ -285,41 +277,52 @@ class HeldOut:
             self.rows = np.arange(max_rows) * len(self.rows) // max_rows
         self._rank = data_rank
         self._size = data_size
+        names = [domain_of(name) for name in self.corpus.groups]
+        self.domains = sorted(set(names))
+        rows = [group.rows for group in self.corpus.groups.values()]
+        self._groups = np.repeat(np.arange(len(rows)), rows)[self.rows]
+        self._domains = np.array([self.domains.index(name) for name in names])[self._groups]
 
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.micro_batch_size * self._size))
 
     def __iter__(self) -> Iterator[Batch]:
-        size = self.micro_batch_size
         for step in range(len(self)):
-            start = (step * self._size + self._rank) * size
-            rows = self.rows[start : start + size]
-            yield _batch(self.corpus, rows, rows, size, self.data.document_mask)
+            part = self._part(step)
+            draw = Draw(self.rows[part], self._groups[part], None)
+            yield _batch(self.corpus, draw, draw.rows, self.micro_batch_size, self.data.document_mask)
+
+    def domains_of(self, step: int) -> tuple[list[int], np.ndarray]:
+        """Numbers of the domains that the ranks' batches of a step hold together, and ``[batch]`` those of this rank's.
+
+        -1 where the batch has no row.
+        """
+        everywhere = self._domains[step * self._size * self.micro_batch_size :][: self._size * self.micro_batch_size]
+        own = self._domains[self._part(step)]
+        return np.unique(everywhere).tolist(), np.pad(own, (0, self.micro_batch_size - len(own)), constant_values=-1)
+
+    def _part(self, step: int) -> slice:
+        """Where this rank's rows of a step are."""
+        start = (step * self._size + self._rank) * self.micro_batch_size
+        return slice(start, start + self.micro_batch_size)
 
 
-def _batch(
-    corpus: Corpus,
-    rows: np.ndarray,
-    sample_ids: np.ndarray,
-    size: int,
-    document_mask: bool,
-    group_places: Tensor | None = None,
-) -> Batch:
-    """The rows as one batch of ``size``; rows that are missing hold no labels."""
+def _batch(corpus: Corpus, draw: Draw, sample_ids: np.ndarray, size: int, document_mask: bool) -> Batch:
+    """The samples as one batch of ``size``; rows that are missing hold no labels."""
     length = corpus.context_length + 1
     tokens = np.zeros((size, length), dtype=np.int64)
     documents = np.full((size, length), PADDING_DOCUMENT, dtype=np.int64)
-    for i, row in enumerate(rows):
+    for i, row in enumerate(draw.rows):
         tokens[i], documents[i] = corpus[int(row)]
-    ids = np.full(size, PADDING_SAMPLE, dtype=np.int64)
-    ids[: len(rows)] = sample_ids
+    missing = (0, size - len(draw.rows))
     labels = np.where(documents[:, 1:] == PADDING_DOCUMENT, IGNORED_LABEL, tokens[:, 1:])
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()),
         torch.from_numpy(labels),
         torch.from_numpy(documents[:, :-1].copy()) if document_mask else None,
-        torch.from_numpy(ids),
-        group_places,
+        torch.from_numpy(np.pad(sample_ids, missing, constant_values=PADDING_SAMPLE)),
+        torch.from_numpy(np.pad(draw.groups, missing, constant_values=PADDING_SAMPLE)),
+        None if draw.places is None else torch.from_numpy(draw.places),
     )
 
 

@@ -30,6 +30,11 @@ class Draw(NamedTuple):
     groups: np.ndarray
     places: np.ndarray | None
 
+    def part(self, start: int, stop: int) -> "Draw":
+        """Some of the samples."""
+        places = None if self.places is None else self.places[start:stop]
+        return Draw(self.rows[start:stop], self.groups[start:stop], places)
+
 
 class SampleSequence:
     """Places to rows.
