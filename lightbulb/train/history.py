@@ -253,9 +253,9 @@ def document_uses(history: History, lineage: Lineage, document: Document) -> dic
     """A document, the rows it is in by group, and when they were trained on."""
     rows: dict[str, list[int]] = {}
     for name in history.sequence.names if document.split == "train" else []:
-        if domain_of(name) == document.domain:
-            if found := sorted({piece.row for piece in lineage.pieces(name, "document", [document.number])}):
-                rows[name] = found
+        is_own = domain_of(name) == document.domain
+        if is_own and (pieces := lineage.pieces(name, "document", [document.number])):
+            rows[name] = sorted({piece.row for piece in pieces})
     uses = [use._asdict() for name in rows for use in history.uses(name, rows[name])]
     return asdict(document) | {"rows": rows, "uses": uses}
 

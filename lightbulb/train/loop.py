@@ -147,7 +147,7 @@ class Trainer:
             loader=self.loader.state_dict(),
             config=self.config.model_dump(mode="json"),
             layout=self.config.parallel.label(),
-            domain_tokens=self.account.tokens,
+            domain_tokens=dict(self.account.tokens),  # written while training goes on
         )
         lines = self.ledger.take()
         self.saver.save(state, lambda: self.ledger.write(lines))
