@@ -314,16 +314,22 @@ def _batch(corpus: Corpus, draw: Draw, sample_ids: np.ndarray, size: int, docume
     documents = np.full((size, length), PADDING_DOCUMENT, dtype=np.int64)
     for i, row in enumerate(draw.rows):
         tokens[i], documents[i] = corpus[int(row)]
-    missing = (0, size - len(draw.rows))
     labels = np.where(documents[:, 1:] == PADDING_DOCUMENT, IGNORED_LABEL, tokens[:, 1:])
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()),
         torch.from_numpy(labels),
         torch.from_numpy(documents[:, :-1].copy()) if document_mask else None,
-        torch.from_numpy(np.pad(sample_ids, missing, constant_values=PADDING_SAMPLE)),
-        torch.from_numpy(np.pad(draw.groups, missing, constant_values=PADDING_SAMPLE)),
+        torch.from_numpy(_padded(sample_ids, size)),
+        torch.from_numpy(_padded(draw.groups, size)),
         None if draw.places is None else torch.from_numpy(draw.places),
     )
+
+
+def _padded(values: np.ndarray, size: int) -> np.ndarray:
+    """``[size]``: the values, then ``PADDING_SAMPLE``."""
+    padded = np.full(size, PADDING_SAMPLE, dtype=np.int64)
+    padded[: len(values)] = values
+    return padded
 
 
 def _too_few(corpus: Corpus, wanted: str) -> DataError:

@@ -9,7 +9,7 @@ it was reading it, so that no row is repeated or left out.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -106,19 +106,11 @@ class SampleSequence:
 
     def plain_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows at these places of the sequence of a run without a mixture."""
-        epochs, places = np.divmod(np.arange(start, stop), self._num_rows)
-        rows = np.empty(stop - start, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            rows[epochs == epoch] = self.plain_order(int(epoch))[places[epochs == epoch]]
-        return rows
+        return _by_epoch(np.arange(start, stop), self._num_rows, self.plain_order)
 
     def group_rows(self, group: int, places: np.ndarray) -> np.ndarray:
         """Rows of the corpus at these places of a group's sequence."""
-        epochs, within = np.divmod(places, self.sizes[group])
-        rows = np.empty(len(places), dtype=np.int64)
-        for epoch in np.unique(epochs):
-            rows[epochs == epoch] = self.group_order(group, int(epoch))[within[epochs == epoch]]
-        return rows
+        return _by_epoch(places, int(self.sizes[group]), lambda epoch: self.group_order(group, epoch))
 
     def plain_counts(self, samples: int) -> np.ndarray:
         """``[groups]``: how many of a run's first samples each group gave, without a mixture."""
@@ -160,3 +152,12 @@ class SampleSequence:
         if not self.shuffle:
             return rows
         return np.random.default_rng([self.seed, epoch, zlib.crc32(self.names[group].encode())]).permutation(rows)
+
+
+def _by_epoch(places: np.ndarray, size: int, order_of: Callable[[int], np.ndarray]) -> np.ndarray:
+    """What stands at rising places of a sequence of epochs, given the order of each."""
+    if not len(places):
+        return places
+    first, last = int(places[0]) // size, int(places[-1]) // size
+    parts = [(epoch, places[places // size == epoch] if first < last else places) for epoch in range(first, last + 1)]
+    return np.concatenate([order_of(epoch)[part - epoch * size] for epoch, part in parts])
