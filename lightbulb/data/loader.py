@@ -228,12 +228,12 @@ class TrainLoader:
 
 def _checked_counts(state: dict[str, Any], names: Sequence[str], consumed: int) -> tuple[int, np.ndarray]:
     """Samples before the first mixture, and ``[groups]`` counts, of a checkpoint."""
-    plain, groups = state.get("plain_samples"), state["groups"]
+    plain, groups = state.get("plain_samples", -1), state["groups"]
     if not isinstance(groups, dict) or set(groups) != set(names):
         raise DataError("data.groups: not those of the corpus in the checkpoint; use an earlier checkpoint")
     counts = [groups[name] for name in names]
     are_counts = all(isinstance(count, int) and count >= 0 for count in [plain, *counts])
-    if not are_counts or sum(counts) != consumed or not 0 <= plain <= consumed:
+    if not are_counts or sum(counts) != consumed or plain > consumed:
         raise DataError(f"data.groups: the counts in the checkpoint do not add up to {consumed}")
     return plain, np.array(counts, dtype=np.int64)
 

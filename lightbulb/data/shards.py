@@ -80,14 +80,14 @@ class Shards:
             (columns,) = np.frombuffer(self._readers[shard].get_sample_data(sample), dtype=self._dtypes[shard])
         except (OSError, ValueError, IndexError) as error:
             raise DataError(
-                f"{self._path(shard)}: sample {sample} cannot be read ({error}); the file changed after it was checked, "
-                "so run `lightbulb preprocess` again or copy the shard again"
+                f"{self._path(shard)}: sample {sample} cannot be read ({error}); the file changed after it was "
+                "checked, so run `lightbulb preprocess` again or copy the shard again"
             ) from None
         tokens = columns["tokens"].astype(np.int64)
         if tokens.max() >= self.vocab_size:
             raise DataError(
-                f"{self._path(shard)}: sample {sample} holds token {tokens.max()}, the vocabulary has {self.vocab_size}; "
-                "use the vocabulary size of the corpus's tokenizer.json"
+                f"{self._path(shard)}: sample {sample} holds token {tokens.max()}, the vocabulary has "
+                f"{self.vocab_size}; use the vocabulary size of the corpus's tokenizer.json"
             )
         return Row(tokens, columns["document_ids"].astype(np.int64))
 

@@ -216,7 +216,8 @@ def check_ledger(
             check.problems.append(f"{run / FOLDER}: step {step}: {problem}")
         if (first >= plain_samples and drawn is not None) != (step in groups):
             check.problems.append(f"{run / FOLDER}: step {step}: has groups although it had no mixture, or none")
-    check.problems += [f"{run / FOLDER}: {problem}" for problem in _group_gaps(groups, drawn or {}, plain_samples)]
+    if drawn is not None:
+        check.problems += [f"{run / FOLDER}: {problem}" for problem in _group_gaps(groups, drawn, plain_samples)]
     return check
 
 

@@ -1,6 +1,7 @@
 """Runs with mixtures: killed, resumed on other ranks and with other mixtures, and out of rows: fault catalogue 52."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightbulb.config import build_config
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.data_prep.pipeline import preprocess
 from lightbulb.launcher import ledger, verify
-from lightbulb.train.history import History
+from lightbulb.train.history import History, Lineage
 from lightbulb.train.ledger import read_ledger
 
 BATCH, STEPS = 16, 20
@@ -130,6 +131,40 @@ def test_a_mixture_that_is_added_and_changed_on_resume_repeats_nothing(
     for group in summary["groups"]:
         used = history.uses(group["group"], range(group["rows"]))
         assert Counter((use.group, use.row) for use in used) == Counter(row for row in rows if row[0] == group["group"])
+    _documents_are_found(run, history, capsys)
+
+
+def ask(run: Path, capsys: pytest.CaptureFixture, *question: str) -> dict:
+    capsys.readouterr()
+    assert ledger.main([str(run), "--json", *question]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def _documents_are_found(run: Path, history: History, capsys: pytest.CaptureFixture) -> None:
+    """Document to steps, and steps to documents, agree with each other and with the text of the rows."""
+    by_step = {step: {p["path"] for p in ask(run, capsys, "--step", str(step))["pieces"]} for step in range(1, 17)}
+    for name in ("words-07.txt", "sums-11.txt"):
+        (found,) = ask(run, capsys, "--document", name)["documents"]
+        assert {use["step"] for use in found["uses"]} == {step for step, paths in by_step.items() if name in paths}
+        assert found["split"] == "train" and len(found["uses"]) > 3
+    by_text = ask(run, capsys, "--document", "7 beside 31 is 21.")["documents"]
+    assert {"words-07.txt"} <= {found["path"] for found in by_text}
+    held_out = [d for d in Lineage(history.path).by_path(".txt") if d.split == "held_out"]
+    assert held_out and ask(run, capsys, "--document", held_out[0].path)["documents"][0]["uses"] == []
+    for question, words in (
+        (["--document", "no such text"], "no document's path and no training row"),
+        (["--step", "17"], "not in the ledger, which has steps 1 to 16"),
+        (["--domain", "poems"], "known are sums, words"),
+        (["--data", str(run)], "say where it is now with --data DIR"),
+    ):
+        assert ledger.main([str(run), *question]) == 1
+        assert words in capsys.readouterr().err
+    moved = run.with_name("moved-corpus")
+    shutil.copytree(history.path, moved)
+    assert ask(run, capsys, "--data", str(moved), "--step", "3")["samples"] == BATCH
+    shutil.rmtree(moved / "lineage")
+    assert ledger.main([str(run), "--data", str(moved), "--step", "3"]) == 1
+    assert "lineage: missing, so nobody knows which documents the rows hold" in capsys.readouterr().err
 
 
 def test_caps_are_foreseen_said_and_end_the_run_saved(
