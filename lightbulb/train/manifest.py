@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -130,6 +130,8 @@ class TrainState:
     loader: dict[str, Any]
     config: dict[str, Any]
     layout: str
+    domain_tokens: dict[str, Count] = field(default_factory=dict)
+    """Tokens trained on, by domain; empty in checkpoints from before they were counted."""
 
 
 _STATE = TypeAdapter(TrainState)
