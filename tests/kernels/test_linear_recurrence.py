@@ -9,7 +9,16 @@ from compiling import SHARED_LIMIT, compile_all
 from torch import Tensor
 
 from lightbulb.kernels import choice
-from lightbulb.kernels.linear_recurrence import _Native, _Triton, kernel, linear_recurrence, native, plain, reference
+from lightbulb.kernels.linear_recurrence import (
+    _Native,
+    _Triton,
+    decays,
+    kernel,
+    linear_recurrence,
+    native,
+    plain,
+    reference,
+)
 from lightbulb.kernels.native import is_built
 
 Tier = Callable[..., tuple[Tensor, Tensor]]
@@ -306,7 +315,8 @@ TENSORS = ("a", "b", "c", "x", "entering", "states", "out")
 
 def compiled(name: str, element: str, warps: dict[str, int], constants: dict[str, Any]) -> dict[str, Any]:
     """What the compiler is asked for: 16-byte aligned tensors, as launches have them."""
-    arguments = getattr(kernel, name).arg_names
+    module = decays if name.startswith("decay") else kernel
+    arguments = getattr(module, name).arg_names
     signature = {argument: "i32" for argument in arguments if argument not in constants}
     for argument in signature:
         if argument in TENSORS:
@@ -316,7 +326,7 @@ def compiled(name: str, element: str, warps: dict[str, int], constants: dict[str
         elif argument in POINTERS:
             signature[argument] = POINTERS[argument]
     aligned = [a for a in signature if signature[a].startswith("*") or a[-2:] in ("_b", "_h", "_t")]
-    item = {"kernel": f"lightbulb.kernels.linear_recurrence.kernel:{name}", "signature": signature}
+    item = {"kernel": f"{module.__name__}:{name}", "signature": signature}
     return item | {"constants": constants, "aligned": aligned} | warps
 
 
