@@ -33,7 +33,7 @@ from lightbulb.kernels.ternary_matmul.quantise import Quantisation
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16)
-FLAGS = ["-std=c++17", "-O1", "-fopenmp", "-fPIC", "-shared", "-fsanitize=address,undefined"]
+FLAGS = ["-std=c++17", "-O1", "-DLB_CLONES=", "-fopenmp", "-fPIC", "-shared", "-fsanitize=address,undefined"]
 FLAGS += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 OVERFLOW = """
 import ctypes, sys
