@@ -158,6 +158,39 @@ class ArrowConfig(RecordSourceConfig):
     suffixes: tuple[str, ...] = (".arrow",)
 
 
+class TokenSourceConfig(FileSourceConfig):
+    """Base of sources that are ids of the tokenizer that `tokenizer.path` names; nothing that needs text is done."""
+
+    domain_folder: None = None
+
+
+@register("source", "megatron")
+class MegatronConfig(TokenSourceConfig):
+    """A folder of Megatron's indexed datasets, NAME.idx and NAME.bin."""
+
+    type: Literal["megatron"]
+    domain: Domain = "megatron"
+    suffixes: tuple[str, ...] = (".idx", ".bin")
+
+
+@register("source", "mds")
+class MdsConfig(TokenSourceConfig):
+    """A folder of uncompressed MDS shards with token ids, as llm-foundry and others write them."""
+
+    type: Literal["mds"]
+    domain: Domain = "mds"
+    suffixes: tuple[str, ...] = ("index.json", ".mds")
+
+    column: str = "tokens"
+    """Column with the ids, an `ndarray` or `bytes`."""
+
+    dtype: Literal["uint16", "int32", "uint32", "int64"] = "int64"
+    """Of the ids in a column of bytes."""
+
+    stream: bool = True
+    """The samples are pieces of one stream of documents, each with its end of text; else each is a document."""
+
+
 class RepetitionConfig(Config):
     """Shares above which a document repeats itself too much (Gopher, Rae et al. 2021, arXiv:2112.11446, table A1)."""
 
@@ -367,6 +400,28 @@ class CorpusConfig(Config):
         if self.order.method == "in_context" and self.pack.method == "concatenate":
             raise ValueError("pack: method concatenate shuffles documents; order in_context needs pack.method=ordered")
         return self
+
+    @model_validator(mode="after")
+    def _ids_need_no_text(self) -> "CorpusConfig":
+        if not self.is_tokenised:
+            return self
+        if not all(isinstance(source, TokenSourceConfig) for source in self.sources):
+            raise ValueError(
+                "sources: text and token ids in one corpus; write two, and give both to one tokenizer.path"
+            )
+        if self.tokenizer.path is None:
+            raise ValueError("tokenizer.path: sources of token ids need the tokenizer.json they were made with")
+        texts = {"deduplicate": self.deduplicate, "decontaminate": self.decontaminate, "embed": self.embed}
+        needing = [name for name, value in texts.items() if value is not None]
+        needing += ["clean"] if self.clean != CleanConfig() else []
+        if needing:
+            raise ValueError(f"{needing[0]}: works on text, and the sources are token ids; leave it out")
+        return self
+
+    @property
+    def is_tokenised(self) -> bool:
+        """Whether the sources are token ids."""
+        return any(isinstance(source, TokenSourceConfig) for source in self.sources)
 
     def settings(self) -> dict[str, Any]:
         """Everything that can change the output."""

@@ -36,6 +36,7 @@ from lightbulb.data_prep.relate import Cluster, Embed, FitEmbedder, Order
 from lightbulb.data_prep.split import SPLITS, TRAIN, Split
 from lightbulb.data_prep.step import REPORT_NAME, Output, digest
 from lightbulb.data_prep.tokenise import TOKENIZER_NAME, MakeTokenizer, Tokenise
+from lightbulb.data_prep.tokens import ReadTokens, TakeTokens
 from lightbulb.data_prep.work import Work, display
 from lightbulb.data_prep.write import CLUSTERS_NAME, Pack, Write
 from lightbulb.folder import FolderError, check_writable, claim, explained, sync_folder
@@ -125,13 +126,14 @@ class _Build:
     def run(self, everything: str) -> dict[str, Any]:
         """Build the corpus; ``everything`` is the hash of all that is read."""
         config, work = self.config, self.work
-        read = work.run(Read(config.sources, config.clean, self.inputs, config.task_bytes))
+        read = work.run(self.reading())
         counts = source_counts(read, config.sources)
         documents = Documents(read)
         drops = self.drop(documents, counts)
         split = work.run(Split(documents, tuple(drops.outputs), config.held_out_fraction))
         tokenizer = work.run(MakeTokenizer(config.tokenizer, documents, split))
-        tokens = work.run(Tokenise(documents, split, tokenizer, config.tokenizer.eos))
+        taken = TakeTokens(documents, split) if config.is_tokenised else None
+        tokens = work.run(taken or Tokenise(documents, split, tokenizer, config.tokenizer.eos))
         related = self.relate(documents, split)
         clusters, order = related.clusters, related.order
         pack = Pack(documents, split, tokens, clusters, order, config.pack, config.context_length, config.seed)
@@ -142,6 +144,12 @@ class _Build:
         shards = work.run(Write(packed, tokens, config.context_length, config.shard_bytes, eos_id))
         work.remove_unused()
         return self.assemble(everything, counts, tokenizer, related, packed, shards)
+
+    def reading(self) -> Read:
+        """The first step: of texts, or of token ids."""
+        config = self.config
+        given = (config.sources, config.clean, self.inputs, config.task_bytes)
+        return ReadTokens(*given, config.tokenizer) if config.is_tokenised else Read(*given)
 
     def drop(self, documents: Documents, counts: list[Counts]) -> _Drops:
         """Everything that drops whole documents, before they are divided."""

@@ -44,7 +44,7 @@ def _from_file(value: Any) -> Any:
     return read_yaml(Path(value).expanduser()) if isinstance(value, str | Path) else value
 
 
-Mixture = Annotated[MixtureConfig, BeforeValidator(_from_file)]
+Mixture = Annotated[MixtureConfig, BeforeValidator(_from_file, json_schema_input_type=MixtureConfig | str)]
 """A mixture, or the path of a file that holds one (configs/mixes)."""
 
 

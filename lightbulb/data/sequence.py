@@ -85,7 +85,11 @@ class SampleSequence:
 
     def mixture(self, sample: int) -> Mixture | None:
         """The mixture that is in force at a sample."""
-        return next((mixture for first, mixture in reversed(self.stages) if first <= sample), None)
+        return self.stages[self.stage(sample)][1] if self.stages else None
+
+    def stage(self, sample: int) -> int:
+        """The number of the mixture that is in force at a sample; 0 without any."""
+        return max(0, sum(first <= sample for first, _ in self.stages) - 1)
 
     def exhausted(self, sample: int, drawn: np.ndarray) -> list[str]:
         """Groups that the mixture of a sample would draw from, had they not reached their caps."""

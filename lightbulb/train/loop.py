@@ -231,7 +231,7 @@ class Trainer:
             self._resume(checkpoint)
         elif config.start_from is not None:
             self._start_from(Path(config.start_from).expanduser())
-        self._check_enough_rows()
+        self.loader.check_enough(train.steps)
         if self.is_main:
             save_config(config, self.folder / "config.yaml")
             shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
@@ -270,12 +270,6 @@ class Trainer:
         self.step, self.tokens, self.skipped_steps = state.step, state.tokens, state.skipped_steps
         self.account.tokens |= state.domain_tokens
         log.info("resumed from %s (written as %s)", checkpoint.folder, state.layout)
-
-    def _check_enough_rows(self) -> None:
-        try:
-            self.loader.check_enough(self.config.train.steps)
-        except OutOfRows as error:
-            raise TrainingError(str(error)) from None
 
     def _start_from(self, run: Path) -> None:
         """Initial weights from another run."""
@@ -317,7 +311,7 @@ class Trainer:
         counted = self._sum_over_data([self._bytes_predicted(batches), *self.account.count(batches)])
         self.account.add(counted[1:])
         for sentence in self.account.news():
-            log.warning("step %d: %s", self.step, sentence)
+            log.info("step %d: %s", self.step, sentence)
         self._write_metrics(result, lr, counted[0], waited / seconds)
 
     def _end_without_rows(self, error: OutOfRows) -> NoReturn:

@@ -78,6 +78,7 @@ def test_a_mixture_switch_a_kill_and_another_world_size_keep_the_ledger_exact(
     resumed = start("pretrain", [str(path), "train.micro_batch_size=8"])
     assert resumed.wait() == 0, resumed.text()
     assert "resumed from" in resumed.text()
+    assert whole.text().count("step 10: the next one begins data.stages.0 and its mixture") == 1
 
     expected, found = losses(tmp_path / "whole"), losses(run)
     assert max(abs(expected[step] - found[step]) for step in range(1, STEPS + 1)) < 1e-5
