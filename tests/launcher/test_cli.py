@@ -126,11 +126,11 @@ def generate_command(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespac
     class CheckpointError(RuntimeError):
         pass
 
-    def load_model_for_inference(run: Path) -> tuple[nn.Module, ByteTokenizer, None]:
+    def load_model_for_inference(run: Path) -> tuple[nn.Module, ByteTokenizer, SimpleNamespace]:
         held.calls.append(run)
         if not run.is_dir():
             raise CheckpointError(f"{run}: not a run folder (it has no config.yaml); name one that pretrain wrote")
-        return held.model, ByteTokenizer(), None
+        return held.model, ByteTokenizer(), SimpleNamespace(train=SimpleNamespace(kernels="auto"))
 
     checkpoint = ModuleType("lightbulb.train.checkpoint")
     checkpoint.CheckpointError = CheckpointError  # type: ignore[attr-defined]
