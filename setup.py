@@ -33,7 +33,10 @@ class BuildKernels(build_ext):
 setup(
     packages=packages,
     package_dir={"lightbulb": "lightbulb", **MAPPED},
-    package_data={"lightbulb.kernels": ["**/*.cpp", "**/*.h", "**/*.md"]},
+    package_data={
+        "lightbulb.kernels": ["**/*.cpp", "**/*.h", "**/*.md"],
+        "lightbulb.data_prep": ["**/*.cpp"],
+    },
     ext_modules=[
         Extension(
             "lightbulb.kernels._native",
@@ -42,7 +45,15 @@ setup(
             include_dirs=["kernels/native"],
             language="c++",
             optional=True,
-        )
+        ),
+        Extension(
+            "lightbulb.data_prep._native",
+            sorted(glob("data_prep/native/*.cpp")),
+            depends=glob("kernels/native/*.h"),
+            include_dirs=["kernels/native"],
+            language="c++",
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,22 @@ from typing import Any
 import orjson
 import xxhash
 
-from lightbulb.data.tokenizer import PATTERN, Tokenizer
+from lightbulb.data.tokenizer import PATTERN
 from lightbulb.data_prep.config import CorpusConfig, SourceConfig
-from lightbulb.data_prep.read import READ_BYTES, Counts, describe_source
-from lightbulb.data_prep.writer import SHARD_HASH
+from lightbulb.data_prep.counts import Counts
+from lightbulb.data_prep.files import READ_BYTES, describe_source
+from lightbulb.data_prep.mds import INDEX_NAME, SHARD_HASH
+from lightbulb.data_prep.tokenise import TOKENIZER_NAME
 from lightbulb.folder import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-TOKENIZER_NAME = "tokenizer.json"
 
 
 def config_hash(config: CorpusConfig) -> str:
     """Hash of everything beside the inputs that can change the output."""
-    settings = config.model_dump(mode="json", exclude={"output", "workers"})
-    return hashlib.sha256(orjson.dumps([FORMAT_VERSION, PATTERN, settings], option=orjson.OPT_SORT_KEYS)).hexdigest()
+    settings = [FORMAT_VERSION, PATTERN, config.settings()]
+    return hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)).hexdigest()
 
 
 def read_manifest(output: Path) -> dict[str, Any] | None:
@@ -37,28 +38,55 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
     return manifest if is_ours else None
 
 
-def is_intact(output: Path, manifest: dict[str, Any]) -> bool:
-    """Whether every file the manifest lists is there with the content it had."""
-    try:
-        domains = [(split, name, entry) for split, group in manifest["splits"].items() for name, entry in group.items()]
-        return _sha256(output / TOKENIZER_NAME) == manifest["tokenizer"]["digest"] and all(
-            _is_domain_intact(output / split / name, entry) for split, name, entry in domains
-        )
-    except (OSError, KeyError):
-        return False
+def listed_files(output: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, Callable[[Path], str], str]]:
+    """Every file the manifest lists, what it is hashed with and its hash.
+
+    Raises:
+        KeyError: the manifest lacks something.
+    """
+    yield output / TOKENIZER_NAME, _sha256, manifest["tokenizer"]["digest"]
+    for name, expected in manifest["files"].items():
+        yield output / name, file_hash, expected
+    for split, groups in manifest["splits"].items():
+        for name, group in groups.items():
+            folder = output / split / name
+            yield folder / INDEX_NAME, _sha256, group["index_sha256"]
+            for shard in group["shards"]:
+                yield folder / shard["basename"], file_hash, shard["hashes"][SHARD_HASH]
 
 
-def _is_domain_intact(folder: Path, entry: dict[str, Any]) -> bool:
-    if _sha256(folder / "index.json") != entry["index_sha256"]:
-        return False
-    return all(_shard_hash(folder / shard["basename"]) == shard["hashes"][SHARD_HASH] for shard in entry["shards"])
+def damaged_files(output: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    """Every file the manifest lists that is not what was written, and what is wrong with it.
+
+    Raises:
+        KeyError: the manifest lacks something.
+    """
+    root = output.resolve()
+    for path, hash_of, expected in listed_files(output, manifest):
+        if not path.resolve().is_relative_to(root):
+            yield path, "listed, but not inside the corpus"
+            continue
+        try:
+            found = hash_of(path)
+        except OSError as error:
+            yield path, "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        else:
+            if found != expected:
+                yield path, f"damaged: its hash is {found[:16]}, manifest.json says {expected[:16]}"
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """Hash of everything in the manifest but the hash itself."""
+    content = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)).hexdigest()
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _shard_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """XXH64 of a file, as shards have it."""
     hasher = xxhash.xxh64()
     with path.open("rb") as file:
         while block := file.read(READ_BYTES):
@@ -67,61 +95,45 @@ def _shard_hash(path: Path) -> str:
 
 
 def source_entry(source: SourceConfig, counts: Counts) -> dict[str, Any]:
-    """What one source gave, and what was dropped from it."""
-    return {
-        "source": describe_source(source),
-        "domain": source.domain,
-        "documents": counts.documents,
-        "bytes": counts.bytes,
-        "dropped": dict(sorted(counts.dropped.items())),
-        "first_dropped": dict(sorted(counts.first_dropped.items())),
+    """What one source gave, and what was repaired in it and dropped from it."""
+    return {"source": describe_source(source), "domain": source.domain, **counts.to_json()}
+
+
+def group_entry(folder: Path, group: dict[str, Any], shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One group: sizes, and its shards as its index lists them."""
+    tokens, documents = group["tokens"], group["documents"]
+    names = ("domain", "cluster", "documents", "bytes", "tokens", "rows", "unused_tokens")
+    return {name: group[name] for name in names} | {
+        "bytes_per_token": round(group["bytes"] / max(1, tokens - documents), 4),
+        "index_sha256": _sha256(folder / INDEX_NAME),
+        "shards": [shard["raw_data"] | {"samples": shard["samples"]} for shard in shards],
     }
 
 
-def domain_entry(folder: Path, documents: int, num_bytes: int, tokens: int, rows: int, unused: int) -> dict[str, Any]:
-    """One domain of one split: sizes, and its shards as its index lists them."""
-    index = orjson.loads((folder / "index.json").read_bytes())
-    shards = [shard["raw_data"] | {"samples": shard["samples"]} for shard in index["shards"]]
-    return {
-        "documents": documents,
-        "bytes": num_bytes,
-        "tokens": tokens,
-        "bytes_per_token": round(num_bytes / max(1, tokens - documents), 4),
-        "rows": rows,
-        "unused_tokens": unused,
-        "index_sha256": _sha256(folder / "index.json"),
-        "shards": shards,
-    }
+def write_manifest(folder: Path, config: CorpusConfig, inputs_digest: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest, the last file of a corpus; ``content`` is what its steps reported.
 
-
-def write_manifest(
-    folder: Path,
-    config: CorpusConfig,
-    inputs_digest: str,
-    tokenizer: Tokenizer,
-    sources: Sequence[dict[str, Any]],
-    splits: dict[str, dict[str, dict[str, Any]]],
-) -> dict[str, Any]:
-    """Write the manifest, the last file of a corpus."""
+    Besides the tokenizer and the shards, it lists every file that is in the folder.
+    """
+    shards = {folder / split / name for split, groups in content["splits"].items() for name in groups}
+    others = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent not in shards]
     manifest = {
         "format": FORMAT_VERSION,
         "config_hash": config_hash(config),
         "inputs_digest": inputs_digest,
         "context_length": config.context_length,
         "seed": config.seed,
-        "tokenizer": {
-            "file": TOKENIZER_NAME,
-            "digest": tokenizer.digest,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
+        **content,
+        "files": {
+            path.relative_to(folder).as_posix(): file_hash(path) for path in others if path.name != TOKENIZER_NAME
         },
-        "sources": list(sources),
-        "splits": splits,
-        "config": config.model_dump(mode="json", exclude={"output", "workers"}),
+        "config": config.settings(),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("lightbulb", "tokenizers", "mosaicml-streaming")},
+            **{name: version(name) for name in ("lightbulb", "tokenizers", "numpy", "datatrove")},
         },
     }
-    write_atomically(folder / MANIFEST_NAME, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+    manifest["digest"] = manifest_digest(manifest)
+    options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
+    write_atomically(folder / MANIFEST_NAME, orjson.dumps(manifest, option=options))
     return manifest

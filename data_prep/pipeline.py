@@ -1,38 +1,48 @@
-"""A corpus from start to end: read, divide, train a tokenizer, tokenise, pack, write.
+"""A corpus from start to end: the chain of steps, and their files put together.
 
-Everything is built in ``<output>.partial`` and renamed when it is complete, so that ``<output>`` is a whole corpus
-or absent. A run that was killed leaves its partial folder behind, and the next one starts over in it.
+The steps work in ``<output>.work`` (:mod:`lightbulb.data_prep.work`), where a run that was killed goes on; the corpus
+is put together there too and renamed, so that ``<output>`` is a whole corpus or absent.
 """
 
-import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.config import CorpusConfig
+from lightbulb.data_prep.counts import CorpusError, Counts
+from lightbulb.data_prep.decontaminate import Contaminated
+from lightbulb.data_prep.deduplicate import ExactDuplicates, NearDuplicates, Signatures
+from lightbulb.data_prep.documents import Documents, dropped, kept
+from lightbulb.data_prep.embed import model_digest
+from lightbulb.data_prep.ingest import Input, Read, inputs_digest, inputs_of, source_counts
+from lightbulb.data_prep.lineage import LINEAGE_FOLDER, Lineage
 from lightbulb.data_prep.manifest import (
     MANIFEST_NAME,
-    TOKENIZER_NAME,
     config_hash,
-    domain_entry,
-    is_intact,
+    damaged_files,
+    group_entry,
     read_manifest,
     source_entry,
     write_manifest,
 )
-from lightbulb.data_prep.read import CorpusError, Counts, read_source, source_digest
-from lightbulb.data_prep.split import HELD_OUT, SPLITS, TRAIN, Spool
-from lightbulb.data_prep.tokenise import TokenFile, num_rows, token_dtype, tokenise
-from lightbulb.data_prep.writer import Job, ShardWriter
-from lightbulb.folder import LOCK_NAME, FolderError, check_writable, claim, explained, sync_folder
+from lightbulb.data_prep.mds import write_index
+from lightbulb.data_prep.relate import Cluster, Embed, FitEmbedder, Order
+from lightbulb.data_prep.split import SPLITS, TRAIN, Split
+from lightbulb.data_prep.step import REPORT_NAME, Output, digest
+from lightbulb.data_prep.tokenise import TOKENIZER_NAME, MakeTokenizer, Tokenise
+from lightbulb.data_prep.tokens import ReadTokens, TakeTokens
+from lightbulb.data_prep.work import Work, display
+from lightbulb.data_prep.write import CLUSTERS_NAME, Pack, Write
+from lightbulb.folder import FolderError, check_writable, claim, explained, sync_folder
+
+CLUSTER_FOLDER = "clusters"
+"""Of the models that give new text its cluster, and of the clusters' picture."""
 
 
 class Result(NamedTuple):
@@ -42,167 +52,239 @@ class Result(NamedTuple):
     is_up_to_date: bool
 
 
-def preprocess(config: CorpusConfig, writer: ShardWriter) -> Result:
+def preprocess(config: CorpusConfig) -> Result:
     """Build the corpus, unless the same settings and inputs gave the one that is there.
 
     Raises:
         CorpusError: nothing usable in a source, or too little text.
         TokenizerError: the tokenizer cannot be read or trained.
         FolderError: the output cannot be written, is in use, or is someone else's.
-        WriterError: the writing process died.
+        ExecutorError: a task failed in another process.
     """
-    if config.workers is not None:
-        # Read by the tokenizers library when it starts its threads, at the first text it encodes.
-        os.environ["RAYON_NUM_THREADS"] = str(config.workers)
     output = config.output.expanduser()
-    digest, input_bytes = _inputs(config)
-    if found := _up_to_date(output, config, digest):
+    inputs = inputs_of(config.sources)
+    everything = _digest(config, inputs)
+    if found := _up_to_date(output, config, everything):
         return Result(found, True)
     _refuse_foreign(output)
-    partial = output.with_name(output.name + ".partial")
-    with claim(partial):
-        try:
-            _clear(partial)
-            # The texts once more, their tokens, and rows of tokens with document numbers.
-            check_writable(partial, 3 * input_bytes)
-            writer.start()
-            with _progress() as progress:
-                manifest = _Build(config, partial, writer, progress).run(digest)
-            _publish(partial, output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    folder = output.with_name(output.name + ".work")
+    with claim(folder):
+        # The texts once more, their tokens, and rows of tokens with document numbers.
+        check_writable(folder, 3 * sum(item.file.bytes for item in inputs))
+        with display() as progress:
+            manifest = _Build(config, inputs, folder, progress).run(everything)
+        _publish(folder, output)
+        if not config.keep_work:
+            shutil.rmtree(folder, ignore_errors=True)
     return Result(manifest, False)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """One domain of one split."""
+@dataclass
+class _Drops:
+    """Steps that dropped documents, each with its reason, and what each made of the sources' counts."""
 
-    split: str
-    domain: str
-    tokens: TokenFile
-    num_bytes: int
+    documents: Documents
+    named: list[tuple[str, Output]]
+
+    def add(self, reason: str, output: Output, counts: list[Counts]) -> None:
+        """Count what a step dropped under its reason."""
+        numbers = dropped(output)
+        sources = self.documents.index["source"][numbers]
+        for source in set(sources.tolist()):
+            of_source = numbers[sources == source]
+            (first,) = self.documents.find([int(of_source[0])])
+            counts[source].drop(reason, first.path)
+            counts[source].dropped[reason] += len(of_source) - 1
+            size = int(self.documents.index["bytes"][of_source].astype(int).sum())
+            counts[source].documents -= len(of_source)
+            counts[source].bytes -= size
+        self.named.append((reason, output))
 
     @property
-    def is_padded(self) -> bool:
-        """Held-out streams are evaluated to their last token; training streams drop a partial last row."""
-        return self.split == HELD_OUT
+    def outputs(self) -> list[Output]:
+        """The steps."""
+        return [output for _, output in self.named]
+
+
+class _Related(NamedTuple):
+    """The steps that relate documents to each other, as far as they are wanted."""
+
+    embedder: Output | None
+    clusters: Output | None
+    order: Output | None
 
 
 class _Build:
-    """The steps, each with a line of the display."""
+    """The chain of steps."""
 
-    def __init__(self, config: CorpusConfig, partial: Path, writer: ShardWriter, progress: Progress):
+    def __init__(self, config: CorpusConfig, inputs: tuple[Input, ...], folder: Path, progress: Progress):
         self.config = config
-        self.writer = writer
-        self.progress = progress
-        self.domains = sorted({source.domain for source in config.sources})
-        self.spool_folder = partial / "spool"
-        self.corpus = partial / "corpus"
-        self.spool_folder.mkdir()
-        self.corpus.mkdir()
+        self.inputs = inputs
+        self.work = Work(folder, config.executor, progress)
+        self.corpus = folder / "corpus"
 
-    def run(self, digest: str) -> dict[str, Any]:
-        with Spool(self.spool_folder / "texts") as spool:
-            sources = self.read(spool)
-        held_out = spool.held_out(self.config.held_out_fraction, self.domains)
-        tokenizer = self.tokenizer(spool, ~held_out)
-        tokenizer.save(self.corpus / TOKENIZER_NAME)
-        splits: dict[str, dict[str, dict[str, Any]]] = {split: {} for split in SPLITS}
-        groups = self.tokenise(spool, held_out, tokenizer)
-        total = sum(num_rows(g.tokens.num_tokens, self.config.context_length, g.is_padded) for g in groups)
-        advance = self.step("Writing rows", total)
-        for number, group in enumerate(groups):
-            if entry := self.write(group, number, tokenizer.eos_id, advance):
-                splits[group.split][group.domain] = entry
-        self.check_not_empty(groups, splits[TRAIN])
-        return write_manifest(self.corpus, self.config, digest, tokenizer, sources, splits)
+    def run(self, everything: str) -> dict[str, Any]:
+        """Build the corpus; ``everything`` is the hash of all that is read."""
+        config, work = self.config, self.work
+        read = work.run(self.reading())
+        counts = source_counts(read, config.sources)
+        documents = Documents(read)
+        drops = self.drop(documents, counts)
+        split = work.run(Split(documents, tuple(drops.outputs), config.held_out_fraction))
+        tokenizer = work.run(MakeTokenizer(config.tokenizer, documents, split))
+        taken = TakeTokens(documents, split) if config.is_tokenised else None
+        tokens = work.run(taken or Tokenise(documents, split, tokenizer, config.tokenizer.eos))
+        related = self.relate(documents, split)
+        clusters, order = related.clusters, related.order
+        pack = Pack(documents, split, tokens, clusters, order, config.pack, config.context_length, config.seed)
+        packed = work.run(pack)
+        self.check_not_empty(packed)
+        self.lineage = work.run(Lineage(documents, split, tuple(drops.named), clusters, tokens, packed))
+        eos_id = tokenizer.reports[0]["eos_id"]
+        shards = work.run(Write(packed, tokens, config.context_length, config.shard_bytes, eos_id))
+        work.remove_unused()
+        return self.assemble(everything, counts, tokenizer, related, packed, shards)
 
-    def step(self, name: str, total: int | None) -> Callable[[int], None]:
-        """Begin a line of the display; the function it gives moves the line's bar."""
-        task = self.progress.add_task(name, total=total)
-        return lambda amount: self.progress.advance(task, amount)
+    def reading(self) -> Read:
+        """The first step: of texts, or of token ids."""
+        config = self.config
+        given = (config.sources, config.clean, self.inputs, config.task_bytes)
+        return ReadTokens(*given, config.tokenizer) if config.is_tokenised else Read(*given)
 
-    def read(self, spool: Spool) -> list[dict[str, Any]]:
-        entries = []
-        advance = self.step("Reading documents", None)
-        for source in self.config.sources:
-            counts = Counts()
-            for document in read_source(source, counts):
-                spool.add(self.domains.index(source.domain), document)
-                advance(1)
-            entries.append(source_entry(source, counts))
-        self.progress.update(self.progress.task_ids[-1], total=len(spool))
-        return entries
+    def drop(self, documents: Documents, counts: list[Counts]) -> _Drops:
+        """Everything that drops whole documents, before they are divided."""
+        drops = _Drops(documents, [])
+        wanted = self.config.deduplicate
+        if wanted is not None and wanted.exact:
+            drops.add("duplicate", self.work.run(ExactDuplicates(documents)), counts)
+        if wanted is not None and wanted.near is not None:
+            signed = self.work.run(Signatures(documents, kept(documents, drops.outputs), wanted.near.ngram))
+            drops.add("near_duplicate", self.work.run(NearDuplicates(signed, wanted.near)), counts)
+        if (against := self.config.decontaminate) is not None:
+            inputs = inputs_of(against.sources)
+            read = self.work.run(Read(against.sources, self.config.clean, inputs, self.config.task_bytes))
+            found = self.work.run(
+                Contaminated(documents, kept(documents, drops.outputs), Documents(read), against),
+            )
+            drops.add("contaminated", found, counts)
+        return drops
 
-    def tokenizer(self, spool: Spool, train: np.ndarray) -> Tokenizer:
-        wanted = self.config.tokenizer
-        if wanted.path is not None:
-            return Tokenizer.load(wanted.path.expanduser(), wanted.eos)
-        is_first = np.cumsum(train) == 1
-        chosen = train & (is_first | (np.cumsum(spool.sizes() * train) <= wanted.train_bytes))
-        advance = self.step("Training tokenizer", int(chosen.sum()))
-        return Tokenizer.train(spool.texts(chosen), wanted.vocab_size, lambda _: advance(1))
+    def relate(self, documents: Documents, split: Output) -> "_Related":
+        """Vectors, clusters and order of the documents, as far as they are wanted."""
+        config, work = self.config, self.work
+        if config.embed is None:
+            return _Related(None, None, None)
+        embedder = work.run(FitEmbedder(documents, split, config.embed, config.seed))
+        vectors = work.run(Embed(documents, split, embedder))
+        clusters = order = None
+        if config.cluster is not None:
+            fit = config.embed.fit_documents
+            clusters = work.run(Cluster(documents, split, embedder, vectors, config.cluster, fit, config.seed))
+        if config.order.method == "in_context":
+            order = work.run(Order(documents, split, vectors, clusters, config.order, config.seed))
+        return _Related(embedder, clusters, order)
 
-    def tokenise(self, spool: Spool, held_out: np.ndarray, tokenizer: Tokenizer) -> list[_Group]:
-        """Every domain of the training split, then every domain of the held-out split."""
-        group_of = spool.domains() + held_out * len(self.domains)
-        sizes = np.bincount(group_of, weights=spool.sizes(), minlength=2 * len(self.domains)).astype(int)
-        dtype = token_dtype(tokenizer.vocab_size)
-        groups = []
-        for number, (split, domain) in enumerate(product(SPLITS, self.domains)):
-            tokens = TokenFile(self.spool_folder, str(number), dtype)
-            groups.append(_Group(split, domain, tokens, int(sizes[number])))
-        tokenise(spool, tokenizer, group_of, [g.tokens for g in groups], self.step("Tokenising documents", len(spool)))
-        return groups
-
-    def write(self, group: _Group, number: int, eos_id: int, advance: Callable[[int], None]) -> dict[str, Any] | None:
-        """Write one group's shards and describe them; None where there is not one row."""
-        length = self.config.context_length
-        tokens = group.tokens
-        if num_rows(tokens.num_tokens, length, group.is_padded) == 0:
-            return None
-        folder = self.corpus / group.split / group.domain
-        job = Job(
-            folder=str(folder),
-            tokens=str(tokens.tokens),
-            lengths=str(tokens.lengths),
-            dtype=tokens.dtype,
-            context_length=length,
-            shard_bytes=self.config.shard_bytes,
-            shuffle_seed=None if group.is_padded else (self.config.seed, number),
-            pad_with=eos_id if group.is_padded else None,
-        )
-        rows = self.writer.write(job, advance)
-        unused = max(0, tokens.num_tokens - 1 - rows * length)
-        return domain_entry(folder, tokens.num_documents, group.num_bytes, tokens.num_tokens, rows, unused)
-
-    def check_not_empty(self, groups: list[_Group], train: dict[str, Any]) -> None:
-        if not train:
-            num_tokens = sum(group.tokens.num_tokens for group in groups if group.split == TRAIN)
+    def check_not_empty(self, packed: Output) -> None:
+        """There is a row to train on."""
+        train = [group for group in packed.reports[0]["groups"] if group["split"] == TRAIN]
+        if not any(group["rows"] for group in train):
             raise CorpusError(
-                f"sources: {num_tokens} training tokens do not fill one row of {self.config.context_length + 1}; "
-                "add documents or lower context_length"
+                f"sources: {sum(group['tokens'] for group in train)} training tokens do not fill one row of "
+                f"{self.config.context_length + 1}; add documents or lower context_length"
             )
 
+    def assemble(
+        self,
+        everything: str,
+        counts: list[Counts],
+        tokenizer: Output,
+        related: _Related,
+        packed: Output,
+        shards: Output,
+    ) -> dict[str, Any]:
+        """Everything that was written under its final name, the manifest last."""
+        shutil.rmtree(self.corpus, ignore_errors=True)
+        self.corpus.mkdir()
+        _link([tokenizer.folders[0] / TOKENIZER_NAME], self.corpus)
+        _link_tree(self.lineage.folders[0], self.corpus / LINEAGE_FOLDER)
+        splits: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
+        for group in packed.reports[0]["groups"]:
+            if group["rows"]:
+                folder, number = self.corpus / group["split"] / group["name"], f"{group['number']:05}"
+                entries: list[dict[str, Any]] = []
+                for path, report in zip(shards.folders, shards.reports, strict=True):
+                    task = report["shards"].get(number, [])
+                    _link([path / number / entry["raw_data"]["basename"] for entry in task], folder)
+                    entries += task
+                write_index(folder, entries)
+                splits[group["split"]][group["name"]] = group_entry(folder, group, entries)
+        content = {
+            "tokenizer": {"file": TOKENIZER_NAME, **tokenizer.reports[0]},
+            "sources": [source_entry(source, found) for source, found in zip(self.config.sources, counts, strict=True)],
+            **self.describe_related(related),
+            "splits": splits,
+        }
+        return write_manifest(self.corpus, self.config, everything, content)
 
-def _inputs(config: CorpusConfig) -> tuple[str, int]:
-    """Hash of everything that is read, and the bytes of the sources."""
-    inputs = [source_digest(source) for source in config.sources]
-    digests = [digest for digest, _ in inputs]
-    if config.tokenizer.path is not None:
-        digests.append(Tokenizer.load(config.tokenizer.path.expanduser(), config.tokenizer.eos).digest)
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest(), sum(size for _, size in inputs)
+    def describe_related(self, related: _Related) -> dict[str, Any]:
+        """What the manifest says of clusters and order; the models that assign new text are put beside it."""
+        content: dict[str, Any] = {}
+        if related.clusters is not None and related.embedder is not None:
+            folder = self.corpus / CLUSTER_FOLDER
+            models = [related.embedder.folders[0], related.clusters.folders[0]]
+            unwanted = {REPORT_NAME, CLUSTERS_NAME}
+            _link([file for model in models for file in sorted(model.iterdir()) if file.name not in unwanted], folder)
+            content["clusters"] = related.clusters.reports[0]["clusters"]
+        if related.order is not None:
+            total = sum(report["documents"] for report in related.order.reports)
+            content["order"] = {
+                name: round(sum(r[name] * r["documents"] for r in related.order.reports) / max(1, total), 4)
+                for name in ("adjacent_similarity", "random_similarity")
+            }
+        return content
 
 
-def _up_to_date(output: Path, config: CorpusConfig, digest: str) -> dict[str, Any] | None:
+def _link(files: Iterable[Path], folder: Path) -> None:
+    """Finished files once more under another folder, without copying where the file system can."""
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            try:
+                os.link(file, folder / file.name)
+            except OSError:
+                shutil.copyfile(file, folder / file.name)
+
+
+def _digest(config: CorpusConfig, inputs: tuple[Input, ...]) -> str:
+    """Hash of everything that is read: the sources' files, the tokenizer, evaluation texts, a model of sentences."""
+    path = config.tokenizer.path
+    tokenizer = Tokenizer.load(path.expanduser(), config.tokenizer.eos).digest if path is not None else None
+    found: list[Any] = [inputs_digest(inputs), tokenizer]
+    if config.decontaminate is not None:
+        found.append(inputs_digest(inputs_of(config.decontaminate.sources)))
+    if config.embed is not None and config.embed.path is not None:
+        found.append(model_digest(config.embed.path))
+    return digest(found)
+
+
+def _link_tree(source: Path, folder: Path) -> None:
+    """All files of a finished task but its report, under another folder."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and path.name != REPORT_NAME:
+            _link([path], folder / path.relative_to(source).parent)
+
+
+def _up_to_date(output: Path, config: CorpusConfig, everything: str) -> dict[str, Any] | None:
     """The manifest of a corpus that the same settings and inputs gave, if all of it is there undamaged."""
     manifest = read_manifest(output)
-    if manifest is None or manifest.get("inputs_digest") != digest:
+    if manifest is None or manifest.get("inputs_digest") != everything:
         return None
     if manifest.get("config_hash") != config_hash(config):
         return None
-    return manifest if is_intact(output, manifest) else None
+    try:
+        return None if any(damaged_files(output, manifest)) else manifest
+    except KeyError:
+        return None
 
 
 def _refuse_foreign(output: Path) -> None:
@@ -213,30 +295,13 @@ def _refuse_foreign(output: Path) -> None:
         raise FolderError(f"{output}: a file stands where the corpus goes; choose another output or move it away")
 
 
-def _clear(partial: Path) -> None:
-    """Remove what a killed run left; the lock is ours."""
-    with explained(partial):
-        for entry in partial.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != LOCK_NAME:
-                entry.unlink()
-
-
-def _publish(partial: Path, output: Path) -> None:
+def _publish(folder: Path, output: Path) -> None:
     """Put the finished corpus in place of an older one."""
+    replaced = folder / "replaced"
     with explained(output):
+        shutil.rmtree(replaced, ignore_errors=True)
         if output.exists():
-            output.rename(partial / "replaced")
-        (partial / "corpus").rename(output)
+            output.rename(replaced)
+        (folder / "corpus").rename(output)
         sync_folder(output.parent)
-
-
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+        shutil.rmtree(replaced, ignore_errors=True)

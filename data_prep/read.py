@@ -1,243 +1,134 @@
-"""Sources to documents: what is read, and what is dropped and why.
+"""Files to documents: every format, and every reason to drop a document.
 
 datatrove's readers are not used: they log and skip lines that do not parse, give up the rest of a file at its first
 byte that is not UTF-8, drop empty documents uncounted, and hold a line in memory whatever its length. Here every
-dropped document is counted under its reason and the first of each reason is named.
+dropped document is counted under its reason and the first of each reason is named, and a line or file longer than a
+document may be is read past without being held.
 """
 
+import csv
 import io
-import os
-import sysconfig
-from collections import Counter
+import json
+import string
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from pydoc_data import topics
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from lightbulb.data_prep.config import (
+    ArrowConfig,
+    CleanConfig,
+    CsvConfig,
     FileSourceConfig,
+    JsonConfig,
     JsonlConfig,
     ParquetConfig,
     PydocConfig,
     PythonStdlibConfig,
+    RecordSourceConfig,
     SourceConfig,
     TextConfig,
 )
+from lightbulb.data_prep.counts import CorpusError, Counts
+from lightbulb.data_prep.documents import Document, named
+from lightbulb.data_prep.files import READ_BYTES, InputFile, opened
 
 MAX_DOCUMENT_BYTES = 1 << 24
-READ_BYTES = 1 << 20
-
-# Tests are long, repetitive and full of deliberately broken text; pydoc_data is the `pydoc` source once more, and
-# would put its held-out topics into the training split.
-SKIPPED_STDLIB_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
-class CorpusError(ValueError):
-    """A corpus that cannot be built; the message names the source or file, what was found and the fix."""
+@dataclass(frozen=True)
+class Reading:
+    """One file of a source while it is read."""
+
+    source: SourceConfig
+    file: InputFile
+    clean: CleanConfig
+    counts: Counts
+
+    @property
+    def domain(self) -> str:
+        """Of documents that do not say their own."""
+        depth = self.source.domain_folder if isinstance(self.source, FileSourceConfig) else None
+        folders = self.file.name.split("/")[:-1]
+        return named(folders[depth - 1]) if depth is not None and len(folders) >= depth else self.source.domain
+
+    def drop(self, reason: str, place: str = "") -> None:
+        """Count what is dropped at a place of the file."""
+        self.counts.drop(reason, self.file.name + place)
+
+    def document(self, text: str, place: str = "") -> Document:
+        """A document at a place of the file."""
+        return Document(self.file.name + place, text, self.domain)
+
+    def decoded(self, content: bytes, place: str = "") -> Iterator[Document]:
+        """The bytes as a document, unless they are not text."""
+        # A document with one bad byte is more often another encoding than a slip, so repair is asked for, not given.
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            if self.clean.encoding == "drop":
+                self.drop("not_text" if b"\0" in content else "not_utf8", place)
+                return
+            self.counts.repaired["encoding"] += 1
+            text = content.decode("utf-16" if content.startswith(UTF16_MARKS) else "utf-8", errors="replace")
+        yield self.document(text, place)
 
 
-class Document(NamedTuple):
-    """One text; ``path`` is relative to the source and unique in it."""
-
-    path: str
-    text: str
-
-
-@dataclass
-class Counts:
-    """What one source gave and what was dropped from it."""
-
-    documents: int = 0
-    bytes: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    first_dropped: dict[str, str] = field(default_factory=dict)
-
-    def drop(self, reason: str, path: str) -> None:
-        """Count a dropped document; the first of each reason is kept by name."""
-        self.dropped[reason] += 1
-        self.first_dropped.setdefault(reason, path)
-
-    def describe_dropped(self) -> str:
-        """For example ``3 not_utf8 (first: a/b.txt), 1 empty (first: c.txt)``."""
-        return ", ".join(f"{n} {why} (first: {self.first_dropped[why]})" for why, n in sorted(self.dropped.items()))
-
-
-def read_source(source: SourceConfig, counts: Counts) -> Iterator[Document]:
-    """All usable documents of a source, in the order of their paths.
+def read_file(source: SourceConfig, file: InputFile, clean: CleanConfig, counts: Counts) -> Iterator[Document]:
+    """All documents of one file, in its order; what cannot be read as one is counted.
 
     Raises:
-        CorpusError: nothing to read, a damaged archive, or no usable document at all.
+        CorpusError: the file is damaged, or does not have the fields it should.
     """
-    for document in _READERS[type(source)](source, counts):
-        if not document.text.strip():
-            counts.drop("empty", document.path)
-            continue
-        if "\0" in document.text:
-            counts.drop("not_text", document.path)
-            continue
-        counts.documents += 1
-        counts.bytes += len(document.text.encode("utf-8"))
-        yield document
-    if counts.documents == 0:
-        fix = "set sources.delimiter for long files" if isinstance(source, TextConfig) else "check what it holds"
-        dropped = counts.describe_dropped() or "nothing"
-        raise CorpusError(f"source {describe_source(source)}: no usable document; dropped {dropped}; {fix}")
+    return _READERS[type(source)](source, Reading(source, file, clean, counts))
 
 
-def describe_source(source: SourceConfig) -> str:
-    """The source's type, and its path if it has one."""
-    return f"{source.type} {source.path}" if isinstance(source, FileSourceConfig) else source.type
-
-
-def source_digest(source: SourceConfig) -> tuple[str, int]:
-    """Hash of everything the source would read, names and contents, and its size in bytes."""
-    hasher = xxhash.xxh3_128()
-    size = 0
-    if isinstance(source, PydocConfig):
-        content = repr(sorted(topics.topics.items())).encode()
-        hasher.update(content)
-        return hasher.hexdigest(), len(content)
-    root, files = _stdlib_files() if isinstance(source, PythonStdlibConfig) else _files(source)
-    for file in files:
-        hasher.update(f"\0{_name(file, root)}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(READ_BYTES):
-                hasher.update(block)
-                size += len(block)
-    return hasher.hexdigest(), size
-
-
-def _files(source: SourceConfig) -> tuple[Path, list[Path]]:
-    """The folder that paths are relative to, and the files in the order of their names."""
-    assert isinstance(source, FileSourceConfig)
-    path = source.path.expanduser()
-    if path.is_file():
-        return path.parent, [path]
-    if not path.is_dir():
-        raise CorpusError(f"source {describe_source(source)}: no such file or folder; check sources.path")
-    files = [
-        Path(folder, name)
-        for folder, _, names in os.walk(path, onerror=_refuse)
-        for name in names
-        if name.endswith(source.suffixes) and not name.startswith(".")
-    ]
-    if not files:
-        raise CorpusError(
-            f"source {describe_source(source)}: no file ends in {', '.join(source.suffixes)}; "
-            "name one file, or set sources.suffixes"
-        )
-    return path, sorted(files)
-
-
-def _refuse(error: OSError) -> None:
-    """A folder that cannot be listed is an error; os.walk by itself passes over it."""
-    raise error
-
-
-def _stdlib_files() -> tuple[Path, list[Path]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [
-        path for path in root.rglob("*.py") if not SKIPPED_STDLIB_FOLDERS.intersection(path.relative_to(root).parts)
-    ]
-    return root, sorted(files)
-
-
-def _name(file: Path, root: Path) -> str:
-    """The relative path as text; bytes of a name that are not UTF-8 are spelled out."""
-    return file.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _read_stdlib(source: PythonStdlibConfig, counts: Counts) -> Iterator[Document]:
-    root, files = _stdlib_files()
-    for file in files:
-        yield from _read_whole(file, _name(file, root), counts)
-
-
-def _read_pydoc(source: PydocConfig, counts: Counts) -> Iterator[Document]:
+def _read_pydoc(source: PydocConfig, reading: Reading) -> Iterator[Document]:
     for name, text in sorted(topics.topics.items()):
-        yield Document(f"topics/{name}", text)
+        yield reading.document(text, f"/{name}")
 
 
-def _read_text(source: TextConfig, counts: Counts) -> Iterator[Document]:
-    root, files = _files(source)
-    for file in files:
-        name = _name(file, root)
-        if source.delimiter is None:
-            yield from _read_whole(file, name, counts)
-        else:
-            yield from _read_delimited(file, name, source.delimiter.encode("utf-8"), counts)
+def _read_stdlib(source: PythonStdlibConfig, reading: Reading) -> Iterator[Document]:
+    yield from _read_whole(reading)
 
 
-def _read_whole(file: Path, name: str, counts: Counts) -> Iterator[Document]:
-    with file.open("rb") as stream:
+def _read_text(source: TextConfig, reading: Reading) -> Iterator[Document]:
+    if source.delimiter is None:
+        yield from _read_whole(reading)
+    else:
+        yield from _read_delimited(reading, source.delimiter.encode("utf-8"))
+
+
+def _read_whole(reading: Reading) -> Iterator[Document]:
+    with opened(reading.file) as stream:
         content = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
-        counts.drop("too_long", name)
+        reading.drop("too_long")
     else:
-        yield from _decoded(content, name, counts)
+        yield from reading.decoded(content)
 
 
-def _read_delimited(file: Path, name: str, delimiter: bytes, counts: Counts) -> Iterator[Document]:
+def _read_delimited(reading: Reading, delimiter: bytes) -> Iterator[Document]:
     lines: list[bytes] = []
     first, size = 1, 0
-    with file.open("rb") as stream:
+    with opened(reading.file) as stream:
         for number, line in _lines(stream):
             if line is None:
-                counts.drop("too_long", f"{name}:{number}")
+                reading.drop("too_long", f":{number}")
                 continue
             is_end = line.rstrip(b"\r\n") == delimiter
             if is_end or size + len(line) > MAX_DOCUMENT_BYTES:
-                yield from _decoded(b"".join(lines), f"{name}:{first}", counts)
+                yield from reading.decoded(b"".join(lines), f":{first}")
                 lines, first, size = [], number + is_end, 0
             if not is_end:
                 lines.append(line)
                 size += len(line)
-    yield from _decoded(b"".join(lines), f"{name}:{first}", counts)
-
-
-def _decoded(content: bytes, name: str, counts: Counts) -> Iterator[Document]:
-    # A document with one bad byte is more often another encoding than a slip, and a repaired one is not its text.
-    try:
-        yield Document(name, content.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        counts.drop("not_text" if b"\0" in content else "not_utf8", name)
-
-
-def _read_jsonl(source: JsonlConfig, counts: Counts) -> Iterator[Document]:
-    root, files = _files(source)
-    for file in files:
-        name = _name(file, root)
-        try:
-            # Arrow unpacks by the file name's ending. Python's zstandard takes a frame that is cut short for its end.
-            with io.BufferedReader(pa.input_stream(file, compression="detect"), READ_BYTES) as stream:
-                for number, line in _lines(stream):
-                    yield from _json_document(line, source.text_field, f"{name}:{number}", counts)
-        except OSError as error:
-            raise CorpusError(f"{file}: unreadable, damaged or cut short ({error}); fetch the file again") from None
-
-
-def _json_document(line: bytes | None, text_field: str, name: str, counts: Counts) -> Iterator[Document]:
-    if line is None:
-        counts.drop("too_long", name)
-        return
-    if not line.strip():
-        return
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        counts.drop("not_json", name)
-        return
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if isinstance(text, str):
-        yield Document(name, text)
-    else:
-        counts.drop(f"no_field_{text_field}", name)
+    yield from reading.decoded(b"".join(lines), f":{first}")
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
@@ -253,37 +144,165 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
         yield number, None
 
 
-def _read_parquet(source: ParquetConfig, counts: Counts) -> Iterator[Document]:
-    root, files = _files(source)
-    for file in files:
-        name = _name(file, root)
+def _read_jsonl(source: JsonlConfig, reading: Reading) -> Iterator[Document]:
+    with opened(reading.file) as stream:
+        for number, line in _lines(stream):
+            if line is None:
+                reading.drop("too_long", f":{number}")
+            elif line.strip():
+                for record in _parsed(line, reading, f":{number}"):
+                    yield from _from_record(source, record, reading, f":{number}")
+
+
+def _read_json(source: JsonConfig, reading: Reading) -> Iterator[Document]:
+    with opened(reading.file) as stream:
+        content = stream.read(MAX_DOCUMENT_BYTES + 1)
+    if len(content) > MAX_DOCUMENT_BYTES:
+        reading.drop("too_long")
+        return
+    for value in _parsed(content, reading, ""):
+        if isinstance(value, list):
+            for number, record in enumerate(value):
+                yield from _from_record(source, record, reading, f":{number}")
+        else:
+            yield from _from_record(source, value, reading, "")
+
+
+def _parsed(content: bytes, reading: Reading, place: str) -> Iterator[Any]:
+    try:
+        yield orjson.loads(content)
+    except orjson.JSONDecodeError:
+        # Python's parser takes lone surrogates and bytes that were replaced; orjson, rightly, does not.
+        if reading.clean.encoding == "repair":
+            try:
+                value = json.loads(content.decode("utf-8", errors="replace"))
+            except (ValueError, RecursionError):
+                reading.drop("not_json", place)
+            else:
+                reading.counts.repaired["encoding"] += 1
+                yield value
+        else:
+            reading.drop("not_json", place)
+
+
+def _read_csv(source: CsvConfig, reading: Reading) -> Iterator[Document]:
+    separator = source.separator or ("\t" if ".tsv" in reading.file.name else ",")
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    with opened(reading.file) as stream:
+        rows = csv.reader(_text_lines(reading, stream), delimiter=separator)
         try:
-            with pq.ParquetFile(file) as table:
-                if source.text_field not in table.schema_arrow.names:
-                    raise CorpusError(
-                        f"{file}: no column {source.text_field!r}; set sources.text_field to one of "
-                        f"{', '.join(table.schema_arrow.names)}"
-                    )
-                rows = (row for batch in table.iter_batches(256, columns=[source.text_field]) for row in batch[0])
-                for number, row in enumerate(rows):
-                    yield from _parquet_document(row.as_py(), f"{name}:{number}", counts)
-        except (pa.ArrowException, OSError) as error:
-            raise CorpusError(f"{file}: not a readable parquet file ({error}); fetch the file again") from None
+            names = next(rows, [])
+            _check_columns(source, names, reading)
+            for row in rows:
+                place = f":{rows.line_num}"
+                if len(row) != len(names):
+                    reading.drop("not_a_row", place)
+                else:
+                    yield from _from_record(source, dict(zip(names, row, strict=True)), reading, place)
+        except csv.Error as error:
+            raise CorpusError(
+                f"{reading.file.path}: line {rows.line_num}: {error}; check its quotes and sources.separator"
+            ) from None
 
 
-def _parquet_document(text: Any, name: str, counts: Counts) -> Iterator[Document]:
-    if not isinstance(text, str):
-        counts.drop("not_text", name)
-    elif len(text) > MAX_DOCUMENT_BYTES:
-        counts.drop("too_long", name)
-    else:
-        yield Document(name, text)
+def _text_lines(reading: Reading, stream: BinaryIO) -> Iterator[str]:
+    errors = "replace" if reading.clean.encoding == "repair" else "strict"
+    for number, line in _lines(stream):
+        if line is None:
+            reading.drop("too_long", f":{number}")
+            continue
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors=errors)
+        except UnicodeDecodeError:
+            reading.drop("not_utf8", f":{number}")
 
 
-_READERS: dict[type, Callable[[Any, Counts], Iterator[Document]]] = {
+def _read_parquet(source: ParquetConfig, reading: Reading) -> Iterator[Document]:
+    with opened(reading.file) as stream:
+        # Without the read-ahead, memory holds one page of each column.
+        table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=READ_BYTES)
+        _check_columns(source, table.schema_arrow.names, reading)
+        yield from _from_batches(source, table.iter_batches(256, columns=source.columns), reading)
+
+
+def _read_arrow(source: ArrowConfig, reading: Reading) -> Iterator[Document]:
+    with opened(reading.file) as stream:
+        # datasets writes streams; plain Arrow files begin with a mark of their own.
+        is_file = stream.read(6) == b"ARROW1"
+        stream.seek(0)
+        if is_file:
+            file = pa.ipc.open_file(stream)
+            schema, batches = file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            batches = pa.ipc.open_stream(stream)
+            schema = batches.schema
+        _check_columns(source, schema.names, reading)
+        yield from _from_batches(source, (batch.select(source.columns) for batch in batches), reading)
+
+
+def _from_batches(
+    source: RecordSourceConfig, batches: Iterator[pa.RecordBatch], reading: Reading
+) -> Iterator[Document]:
+    number = 0
+    for batch in batches:
+        for i in range(len(batch)):
+            record = {name: batch.column(name)[i].as_py() for name in source.columns}
+            yield from _from_record(source, record, reading, f":{number + i}")
+        number += len(batch)
+
+
+def _check_columns(source: RecordSourceConfig, names: list[str], reading: Reading) -> None:
+    for name in source.columns:
+        if name not in names:
+            raise CorpusError(
+                f"{reading.file.path}: no column {name!r}; set sources.text_field (or template, id_field, "
+                f"domain_field) to one of {', '.join(names)}"
+            )
+
+
+def _from_record(source: RecordSourceConfig, record: Any, reading: Reading, place: str) -> Iterator[Document]:
+    values = {field: _field(record, field) for field in source.text_fields}
+    for field, value in values.items():
+        if not (isinstance(value, str) if source.template is None else isinstance(value, str | int | float | list)):
+            reading.drop(f"no_field_{field}", place)
+            return
+    text = values[source.text_field] if source.template is None else _filled(source.template, source.join, values)
+    if len(text) > MAX_DOCUMENT_BYTES:
+        reading.drop("too_long", place)
+        return
+    if source.id_field is not None and (name := _field(record, source.id_field)) is not None:
+        place = f":{name}"
+    document = reading.document(text, place)
+    if source.domain_field is not None and (domain := _field(record, source.domain_field)) is not None:
+        document = document._replace(domain=named(domain))
+    yield document
+
+
+def _field(record: Any, field: str) -> Any:
+    """The value at ``a.b``, or None."""
+    for name in field.split("."):
+        record = record.get(name) if isinstance(record, dict) else None
+    return record
+
+
+def _filled(template: str, join: str, values: dict[str, Any]) -> str:
+    """The template with its fields' values, lists joined. Only names are looked up, never attributes."""
+    text = io.StringIO()
+    for literal, field, _, _ in string.Formatter().parse(template):
+        text.write(literal)
+        if field:
+            value = values[field]
+            text.write(join.join(map(str, value)) if isinstance(value, list) else str(value))
+    return text.getvalue()
+
+
+_READERS: dict[type, Callable[[Any, Reading], Iterator[Document]]] = {
     PythonStdlibConfig: _read_stdlib,
     PydocConfig: _read_pydoc,
     TextConfig: _read_text,
     JsonlConfig: _read_jsonl,
+    JsonConfig: _read_json,
+    CsvConfig: _read_csv,
     ParquetConfig: _read_parquet,
+    ArrowConfig: _read_arrow,
 }

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from lightbulb.kernels.block_sparse_attention import CROSSOVER_DENSITY, CROSSOVER_LENGTH
 from lightbulb.kernels.choice import HAS_TRITON, VARIABLE, is_reference
 from lightbulb.kernels.native import ABSENT, facts, is_built
 
@@ -23,10 +24,24 @@ class Forms(NamedTuple):
 
 
 FORMS = {
+    "adamw": Forms("AdamW in one pass", remark="on CPUs for bfloat16 models; else torch's or Megatron-core's"),
+    "block_sparse_attention": Forms(
+        "attention to what a mask shows",
+        native=False,
+        remark=f"on CUDA PyTorch's dense attention up to {CROSSOVER_LENGTH} keys and above {CROSSOVER_DENSITY:.0%} of "
+        "visible tiles: by published figures, not measured yet",
+    ),
+    "causal_attention": Forms(
+        "causal attention", triton=False, remark="C++ for float32, and for bfloat16 on CPUs without AMX"
+    ),
+    "cross_entropy": Forms("cross-entropy of a linear head in chunks", remark="rows; products are the library's"),
+    "experts": Forms("mixtures of experts", remark="Triton in 16 bits; C++ rows, products are the library's"),
+    "linear_recurrence": Forms("retention and Mamba-2 in chunks"),
     "rms_norm": Forms("RMSNorm, also of a residual sum"),
     "rope": Forms("rotary positions"),
     "softmax": Forms("softmax with mask and sink"),
     "swiglu": Forms("gated activation"),
+    "ternary_matmul": Forms("ternary weights by 8-bit inputs", remark="training on CPUs is fake-quantised, in torch"),
 }
 """One line for each folder of kernels."""
 

@@ -13,8 +13,10 @@ from lightbulb.registry import nearest
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("lightbulb.launcher.doctor", "show what is installed, what is missing and what that costs"),
     "preprocess": ("lightbulb.launcher.preprocess", "write a corpus as shards of tokens"),
+    "inspect": ("lightbulb.launcher.inspect", "show what is in a corpus: tables, documents, histograms"),
     "pretrain": ("lightbulb.launcher.pretrain", "train a model on shards; resumes where it stopped"),
-    "verify": ("lightbulb.launcher.verify", "check a run's checkpoints, sample ledger and data"),
+    "verify": ("lightbulb.launcher.verify", "check a corpus, or a run's checkpoints, sample ledger and data"),
+    "ledger": ("lightbulb.launcher.ledger", "say what a run was trained on: documents, steps, epochs"),
     "prove": ("lightbulb.launcher.prove", "compare every parallel layout with one process"),
     "upcycle": ("lightbulb.launcher.upcycle", "make a mixture of experts of dense models"),
     "pack": ("lightbulb.launcher.pack", "write a ternary model with packed weights, for generate"),

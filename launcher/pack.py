@@ -2,8 +2,9 @@
 
 Reads the newest checkpoint of a run folder that `lightbulb pretrain` wrote, with the modifier bitlinear. Writes a
 folder that holds all that `lightbulb generate OUT` needs, which comes next, and a receipt of sizes and exactness
-(packed.json): the packed model, read back, is compared with the quantised one on text that the model writes, and
-nothing is left behind when they differ by more than the bound.
+(packed.json): on text that the model writes, each packed layer is compared with the exact product of the same inputs,
+and the logits with those of the quantised model. Nothing is left behind when a layer differs by more than rounding or a
+logit by more than the bound.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from lightbulb.train.checkpoint import CheckpointError, load_model_for_inference
 from lightbulb.train.packed_folder import PackError, Receipt, write_packed
 
 BOUND = 0.5
-"""Of the greatest difference of a logit, in standard deviations of all. Products are exact, what surrounds them rounds,
-and where rounding moves a code, later layers see it: the quantised model itself in float64 and in float32 differed by
-as much before it was trained; packed, a trained one by millionths."""
+"""Of the greatest difference of a logit, in standard deviations of all. Layers are exact, which is checked one by one.
+What surrounds them rounds, and where rounding moves an input's code, later layers see it: the quantised model itself in
+float64 and in float32 differed by as much before it was trained."""
 SAMPLE_TOKENS = 256
 
 
@@ -64,6 +65,7 @@ def show(receipt: Receipt, out: Path) -> None:
     print(f"{out}: {receipt.layers} layers packed, {before / 1e6:.2f} MB in bfloat16 to {after / 1e6:.2f} MB,", end=" ")
     print(f"1/{before / after:.1f}")
     print(
+        f"packed layers exact to {receipt.greatest_rounding:.1g} standard deviations of their results; "
         f"greatest difference of a logit {receipt.greatest_difference:.2g} standard deviations, the same choice for "
         f"{receipt.same_choices:.1%} of {receipt.tokens} tokens"
     )

@@ -10,9 +10,9 @@ from rich.table import Table
 from lightbulb.config import ConfigError, load_config
 from lightbulb.data.tokenizer import TokenizerError
 from lightbulb.data_prep.config import CorpusConfig
+from lightbulb.data_prep.counts import CorpusError
+from lightbulb.data_prep.executor import ExecutorError
 from lightbulb.data_prep.pipeline import preprocess
-from lightbulb.data_prep.read import CorpusError
-from lightbulb.data_prep.writer import ShardWriter, WriterError
 
 USAGE = "usage: lightbulb preprocess CONFIG [key=value ...]"
 
@@ -24,13 +24,12 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     try:
         config = load_config(CorpusConfig, argv[0], argv[1:])
-        with ShardWriter() as writer:
-            manifest, is_up_to_date = preprocess(config, writer)
-    except (ConfigError, TokenizerError, CorpusError, WriterError, OSError) as error:
+        manifest, is_up_to_date = preprocess(config)
+    except (ConfigError, TokenizerError, CorpusError, ExecutorError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the next run starts over", file=sys.stderr)
+        print("interrupted; the next run goes on from here", file=sys.stderr)
         return 130
     console = Console()
     console.print(summary(manifest))

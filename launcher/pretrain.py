@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from lightbulb.config import ConfigError, load_config
 from lightbulb.data.config import DataError
+from lightbulb.data.mixture import OutOfRows
 from lightbulb.evaluation.finish import finish_run
 from lightbulb.folder import FolderError, FolderInUse
 from lightbulb.parallel.collective import RankError
@@ -41,7 +42,7 @@ from lightbulb.train.output import outlive_readers
 from lightbulb.train.restart import Job, default_ranks, supervise
 
 REFUSALS = (ConfigError, DataError, FolderError, CheckpointError, TrainingError, RankError, LaunchError)
-AGREED = (ConfigError, TrainingError, RankError)
+AGREED = (ConfigError, OutOfRows, TrainingError, RankError)
 
 
 def main(argv: list[str]) -> int:

@@ -1,33 +1,31 @@
-"""Check a run folder: `lightbulb verify RUN [--data] [--json]`.
+"""Check what LightBulb wrote: `lightbulb verify DIR [--json]`, for a corpus or a run (`lightbulb verify RUN --help`).
 
-Reads every file of every checkpoint and compares it with its hash, and proves from the sample ledger that steps 1 to
-the newest checkpoint used every sample once, in order, over all resumes and layouts. With --data it also checks every
-shard of the corpus, and that the tokens trained on were those of the corpus. Changes nothing; may run beside the run.
-Exits with 1 and names every damaged file when something is wrong.
+Of a corpus, reads every file its manifest lists and compares it with its hash, and the manifest with its own. Changes
+nothing. Exits with 1 and names every damaged file when something is wrong; write the corpus again with
+`lightbulb preprocess`, which replaces it, or copy the files again.
 """
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightbulb.train.manifest import CheckpointError
-from lightbulb.train.verify import Report, verify_run
+from lightbulb.data_prep.verify import CorpusReport, is_corpus, verify_corpus
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command: 0 when everything is as it was written, 1 when not."""
-    parser = argparse.ArgumentParser(prog="lightbulb verify", description="Check a run's checkpoints and ledger.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run that lightbulb pretrain wrote")
-    parser.add_argument("--data", action="store_true", help="also check the corpus the run was trained on")
+    folders = [argument for argument in argv if not argument.startswith("-")]
+    if len(folders) != 1 or not is_corpus(Path(folders[0])):
+        # Checking a run needs torch, which takes seconds to import.
+        return importlib.import_module("lightbulb.launcher.verify_run").main(argv)
+    parser = argparse.ArgumentParser(prog="lightbulb verify", description="Check a corpus against its manifest.")
+    parser.add_argument("corpus", metavar="DIR", type=Path, help="folder that lightbulb preprocess wrote")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
-    try:
-        report = verify_run(arguments.run, arguments.data)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    report = verify_corpus(arguments.corpus)
     if arguments.json:
         print(json.dumps(report.to_json()))
     else:
@@ -35,17 +33,9 @@ def main(argv: Sequence[str]) -> int:
     return 1 if report.problems else 0
 
 
-def _show(report: Report) -> None:
-    for checkpoint in report.checkpoints:
-        verdict = "DAMAGED" if checkpoint.problems else "good"
-        print(f"{checkpoint.folder}: {verdict}, {checkpoint.files} files, {checkpoint.bytes / 1e6:.1f} MB")
-    if report.ledger is not None:
-        verdict = "WRONG" if report.ledger.problems else "every sample once"
-        skipped = f", {report.ledger.skipped_steps} steps skipped" if report.ledger.skipped_steps else ""
-        print(f"ledger: {verdict}, {report.ledger.samples} samples in {report.ledger.steps} steps{skipped}")
-    if report.data is not None:
-        verdict = "DAMAGED" if report.data.problems else "good"
-        print(f"{report.data.path}: {verdict}, {report.data.shards} shards, {report.data.lines} ledger lines compared")
+def _show(report: CorpusReport) -> None:
+    verdict = "DAMAGED" if report.problems else "good"
+    print(f"{report.corpus}: {verdict}, {report.files} files, {report.bytes / 1e6:.1f} MB")
     for problem in report.problems:
         print(f"error: {problem}", file=sys.stderr)
 

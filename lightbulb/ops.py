@@ -23,10 +23,10 @@ from lightbulb.kernels.linear_recurrence import linear_recurrence, state_dtype
 from lightbulb.kernels.native import ABSENT, is_built
 from lightbulb.kernels.rms_norm import add_rms_norm, rms_norm
 from lightbulb.kernels.rope import rotate
-from lightbulb.kernels.softmax import softmax, softmax_, softmax_grad_
-from lightbulb.kernels.swiglu import swiglu, swiglu_, swiglu_grad_
+from lightbulb.kernels.softmax import softmax
+from lightbulb.kernels.swiglu import swiglu
 from lightbulb.kernels.ternary_matmul import Quantisation, TernaryWeight, made_ready, ternary_linear, ternary_matmul
-from lightbulb.kernels.ternary_matmul.packing import FORMATS, PER_BYTE, PackFormat, as_rows, pack_codes, unpack_codes
+from lightbulb.kernels.ternary_matmul.packing import FORMATS, PER_BYTE, PackFormat, as_rows, pack_codes
 from lightbulb.kernels.ternary_matmul.training import takes_ternary_training, ternary_training_linear
 
 __all__ = [
@@ -65,18 +65,13 @@ __all__ = [
     "rms_norm",
     "rotate",
     "softmax",
-    "softmax_",
-    "softmax_grad_",
     "spread",
     "state_dtype",
     "swiglu",
-    "swiglu_",
-    "swiglu_grad_",
     "takes_ternary_training",
     "takes_tiles",
     "ternary_linear",
     "ternary_matmul",
     "ternary_training_linear",
-    "unpack_codes",
     "weighted_sum",
 ]

@@ -47,7 +47,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (text / f"sums-{number:02d}.txt").write_text("\n".join(lines))
     config = root / "corpus.yaml"
     config.write_text(
-        f"output: {root / 'data'}\ncontext_length: 32\nheld_out_fraction: 0.1\nworkers: 1\n"
+        f"output: {root / 'data'}\ncontext_length: 32\nheld_out_fraction: 0.1\nexecutor: {{workers: 1}}\n"
         f"sources:\n  - {{type: text, domain: sums, path: {text}}}\ntokenizer: {{vocab_size: 512}}\n"
     )
     command = Command("preprocess", [str(config)], 1, {}, root / "output.txt")

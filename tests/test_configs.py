@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightbulb.config import load_config, read_yaml
+from lightbulb.data.config import MixtureConfig
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.evaluation.proof import ProofConfig
 from lightbulb.experts.mixture_model import mixture_config
@@ -21,6 +22,9 @@ UPCYCLING = [path for path in sorted(EXPERTS.glob("*.yaml")) if {"method", "sour
 def test_config_loads_and_costs_what_it_builds(path):
     if path in UPCYCLING:
         load_upcycle_config(path)
+        return
+    if path.parent.name == "mixes":
+        load_config(MixtureConfig, path)
         return
     if "model" not in read_yaml(path):
         load_config(CorpusConfig, path)

@@ -31,7 +31,9 @@ DATA_PREP_SEES = {"lightbulb.config", "lightbulb.registry", "lightbulb.folder", 
 
 DOORS = {
     "megatron": ("lightbulb/nn/groups.py", "lightbulb/parallel/"),
-    "streaming": ("lightbulb/data/shards.py", "data_prep/write.py"),
+    "streaming": ("lightbulb/data/shards.py",),
+    "datatrove": ("data_prep/executor.py",),
+    "tiktoken": ("lightbulb/data/bpe.py",),
 }
 ONE_FILE = ("deepspeed", "faiss")
 

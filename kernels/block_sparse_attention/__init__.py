@@ -6,7 +6,6 @@ learned, Xiao et al. 2023, arXiv:2309.17453). The mask is never formed: a :class
 query what it sees. Same inputs, same bits.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -18,7 +17,7 @@ from lightbulb.kernels.choice import HAS_TRITON, is_reference, takes_triton
 if HAS_TRITON:
     from lightbulb.kernels.block_sparse_attention import launch
 
-__all__ = ["Sight", "Tiles", "block_sparse_attention", "describe", "takes_tiles"]
+__all__ = ["Sight", "Tiles", "block_sparse_attention", "takes_tiles"]
 
 CROSSOVER_LENGTH = 512
 """On a GPU, up to this many keys PyTorch's attention with a mask takes less time than listing tiles and three kernels.
@@ -78,18 +77,6 @@ def listed_density(query: Tensor, tiles: Tiles) -> float:
     if takes_tiles(query, query):
         return tiles.density(*launch.shapes(query.shape[3], query.dtype).forward[:2])
     return tiles.density(tiles.block_size, tiles.block_size)
-
-
-def describe() -> str:
-    """What computes this operation on this machine, in a sentence."""
-    if is_reference():
-        return "block-sparse attention: dense masked softmax (LIGHTBULB_KERNELS=reference)"
-    if not (HAS_TRITON and torch.cuda.is_available()):
-        return "block-sparse attention: tile by tile in torch; the Triton kernels need a GPU"
-    return (
-        "block-sparse attention: Triton kernels; PyTorch's dense attention up to "
-        f"{CROSSOVER_LENGTH} keys and above {CROSSOVER_DENSITY:.0%} of visible tiles (by published figures)"
-    )
 
 
 def _tiled(

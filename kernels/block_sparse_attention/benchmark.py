@@ -23,7 +23,6 @@ from lightbulb.kernels.block_sparse_attention import (
     Sight,
     Tiles,
     block_sparse_attention,
-    describe,
     listed_density,
 )
 from lightbulb.kernels.timing import interleaved, ratio, report
@@ -45,7 +44,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     on_gpu = torch.cuda.is_available()
-    print(describe())
     lengths = options.lengths or ([4096, 16384, 65536] if on_gpu else [2048])
     if on_gpu:
         compare(lengths, options.rounds)

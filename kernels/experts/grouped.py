@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
 
-from lightbulb.kernels.experts import native
-from lightbulb.kernels.native import takes_native
-from lightbulb.kernels.swiglu import native as swiglu_native
+from lightbulb.kernels.swiglu import swiglu_, swiglu_grad_
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -56,7 +53,7 @@ class GroupedSwiGLU(torch.autograd.Function):
             own = inner[part] if keep else scratch.take("inner", count, 2 * width)
             hidden = scratch.take("hidden", count, width)
             torch.mm(scratch.convert("rows", rows[part]), scratch.convert("weight", gate_up[expert]).t(), out=own)
-            activate(own[:, :width], own[:, width:], hidden)
+            swiglu_(own[:, :width], own[:, width:], hidden)
             scratch.multiply(hidden, scratch.convert("weight", down[expert]).t(), result[part])
         ctx.save_for_backward(rows, gate_up, down, inner)
         ctx.counts = counts
@@ -74,7 +71,7 @@ class GroupedSwiGLU(torch.autograd.Function):
             hidden, grad_inner = scratch.take("hidden", count, width), scratch.take("inner", count, 2 * width)
             incoming = scratch.convert("grad", grad[part])
             torch.mm(incoming, scratch.convert("weight", down[expert]), out=hidden)
-            activate_grad_(inner[part], hidden, grad_inner)
+            swiglu_grad_(hidden, *inner[part].chunk(2, dim=1), grad_inner.chunk(2, dim=1), hidden=hidden)
             scratch.multiply(incoming.t(), hidden, grad_down[expert])
             scratch.multiply(grad_inner, scratch.convert("weight", gate_up[expert]), grad_rows[part])
             scratch.multiply(grad_inner.t(), scratch.convert("rows", rows[part]), grad_gate_up[expert])
@@ -106,25 +103,6 @@ class Scratch:
             torch.mm(a, b, out=out)
         else:
             out.copy_(torch.mm(a, b, out=self.take("product", *out.shape)))
-
-
-def activate(gate: Tensor, up: Tensor, out: Tensor) -> None:
-    """``out = silu(gate) * up``."""
-    if takes_native(out) and out.dtype in native.DTYPES:
-        swiglu_native.forward(gate, up, out)
-    else:
-        torch.mul(silu(gate), up, out=out)
-
-
-def activate_grad_(inner: Tensor, hidden: Tensor, grad_inner: Tensor) -> None:
-    """As :func:`lightbulb.kernels.experts.native.swiglu_grad_`."""
-    if takes_native(hidden) and hidden.dtype in native.DTYPES:
-        return native.swiglu_grad_(inner, hidden, grad_inner)
-    (gate, up), (grad_gate, grad_up) = inner.chunk(2, dim=1), grad_inner.chunk(2, dim=1)
-    activated = silu(gate)
-    torch.mul(hidden, activated, out=grad_up)
-    grad_gate.copy_(torch.ops.aten.silu_backward(hidden * up, gate))
-    torch.mul(activated, up, out=hidden)
 
 
 def _products(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightbulb.kernels.experts.grouped import Scratch, activate, activate_grad_
+from lightbulb.kernels.experts.grouped import Scratch
+from lightbulb.kernels.swiglu import swiglu_, swiglu_grad_
 
 CPU_NUMBERS = 2**23
 """Of merged matrices at a time: four bytes each stay in the last level of a server's cache."""
@@ -90,7 +91,7 @@ class MergedSwiGLU(torch.autograd.Function):
             for piece, own in enumerate(_parts(counts)):
                 inner, hidden = kept[-1][own], scratch.take("hidden", own.stop - own.start, width)
                 torch.mm(inputs[own], gate_up[piece].t(), out=inner)
-                activate(inner[:, :width], inner[:, width:], hidden)
+                swiglu_(inner[:, :width], inner[:, width:], hidden)
                 _add_product(hidden, back[piece].t(), result[own], part)
         ctx.save_for_backward(rows, shares, gate, up, down, *kept)
         ctx.counts = counts
@@ -113,7 +114,7 @@ class MergedSwiGLU(torch.autograd.Function):
                 count, width = own.stop - own.start, part.stop - part.start
                 hidden, grad_inner = scratch.take("hidden", count, width), scratch.take("inner", count, 2 * width)
                 torch.mm(grad[own], back[piece], out=hidden)
-                activate_grad_(inner[own], hidden, grad_inner)
+                swiglu_grad_(hidden, *inner[own].chunk(2, dim=1), grad_inner.chunk(2, dim=1), hidden=hidden)
                 torch.mm(grad[own].t(), hidden, out=back[piece])
                 _add_product(grad_inner, gate_up[piece], grad_rows[own], part)
                 torch.mm(grad_inner.t(), inputs[own], out=gate_up[piece])

@@ -1,5 +1,5 @@
-// Rows of a mixture of experts on the CPU: sums of gathered rows and their backward, and the backward of SwiGLU that
-// also gives the hidden features. Sums in float32; each row is written by one thread, in one order.
+// Rows of a mixture of experts on the CPU: sums of gathered rows and their backward. Sums in float32; each row is
+// written by one thread, in one order.
 #include "common.h"
 
 namespace {
@@ -60,26 +60,6 @@ LB_INLINE void sum_rows_grad(const T *grad, const T *rows, const int64_t *order,
     }
 }
 
-// From the gradient of the hidden features to that of gate and up; the hidden features take its place.
-template <typename T>
-LB_INLINE void swiglu_backward(const T *inner, T *hidden, T *grad_inner, int64_t stride, int64_t width, int64_t begin,
-                               int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-        const T *gate = inner + r * stride, *up = gate + width;
-        T *h = hidden + r * width, *grad_gate = grad_inner + r * 2 * width, *grad_up = grad_gate + width;
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC ivdep
-#endif
-        for (int64_t i = 0; i < width; ++i) {
-            const float g = load(gate + i), u = load(up + i), d = load(h + i);
-            const float s = 1.0f / (1.0f + exp_fast(-g)), activated = g * s;
-            store(grad_gate + i, d * u * s * (1.0f + g * (1.0f - s)));
-            store(grad_up + i, d * activated);
-            store(h + i, activated * u);
-        }
-    }
-}
-
 #define LB_CLONED(NAME, T)                                                                                           \
     LB_CLONES void sum_##NAME(const T *rows, const int64_t *index, const float *weights, T *out, int64_t top_k,      \
                               int64_t dim, int64_t begin, int64_t end) {                                             \
@@ -89,10 +69,6 @@ LB_INLINE void swiglu_backward(const T *inner, T *hidden, T *grad_inner, int64_t
                                    T *grad_rows, float *grad_gates, int64_t top_k, int64_t dim, int64_t begin,       \
                                    int64_t end) {                                                                    \
         sum_rows_grad(grad, rows, order, gates, grad_rows, grad_gates, top_k, dim, begin, end);                      \
-    }                                                                                                                \
-    LB_CLONES void swiglu_##NAME(const T *inner, T *hidden, T *grad_inner, int64_t stride, int64_t width,            \
-                                 int64_t begin, int64_t end) {                                                       \
-        swiglu_backward(inner, hidden, grad_inner, stride, width, begin, end);                                       \
     }
 
 LB_CLONED(f32, float)
@@ -112,12 +88,6 @@ LB_CLONED(bf16, uint16_t)
                                            int64_t dim, int64_t threads) {                                           \
         parallel(count, threads, [=](int64_t begin, int64_t end) {                                                   \
             sum_grad_##NAME(grad, rows, order, gates, grad_rows, grad_gates, top_k, dim, begin, end);                \
-        });                                                                                                          \
-    }                                                                                                                \
-    LB_EXPORT void experts_swiglu_grad_##NAME(const T *inner, int64_t stride, T *hidden, T *grad_inner,              \
-                                              int64_t rows, int64_t width, int64_t threads) {                        \
-        parallel(rows, threads, [=](int64_t begin, int64_t end) {                                                    \
-            swiglu_##NAME(inner, hidden, grad_inner, stride, width, begin, end);                                     \
         });                                                                                                          \
     }
 

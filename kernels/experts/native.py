@@ -26,11 +26,3 @@ def sum_rows_grad(grad: Tensor, rows: Tensor, order: Tensor, gates: Tensor) -> t
     places = [t.data_ptr() for t in (grad, rows, order, gates, grad_rows, grad_gates)]
     call(*places, len(rows), gates.shape[1], rows.shape[1], torch.get_num_threads())
     return grad_rows, grad_gates
-
-
-def swiglu_grad_(inner: Tensor, hidden: Tensor, grad_inner: Tensor) -> None:
-    """Write to ``grad_inner [rows, 2 x width]`` the gradients of gate and up, which lie side by side in ``inner``, from
-    that of the hidden features, which is what ``hidden [rows, width]`` holds; leave the hidden features there."""
-    call = function(f"experts_swiglu_grad_{_NAMES[inner.dtype]}", POINTER, INT, POINTER, POINTER, INT, INT, INT)
-    places = inner.data_ptr(), inner.stride(0), hidden.data_ptr(), grad_inner.data_ptr()
-    call(*places, *hidden.shape, torch.get_num_threads())

@@ -17,7 +17,7 @@ from lightbulb.kernels.linear_recurrence import native, plain, reference
 from lightbulb.kernels.native import takes_native
 
 if HAS_TRITON:
-    from lightbulb.kernels.linear_recurrence import kernel
+    from lightbulb.kernels.linear_recurrence import decays, kernel
 
 
 def linear_recurrence(
@@ -81,7 +81,7 @@ class _Triton(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         starts = None if starts is None else starts.view(torch.uint8)
-        sums = kernel.decays(value, log_decay, starts, chunk_size)
+        sums = decays.decays(value, log_decay, starts, chunk_size)
         ctx.save_for_backward(query, key, value, log_decay, state, starts, *sums[:3])
         ctx.rows = sums.rows
         return kernel.forward(query, key, value, state, sums)
@@ -93,7 +93,7 @@ class _Triton(torch.autograd.Function):
         (grad,) = _rows(grad)
         needed = ctx.needs_input_grad[3] and log_decay.ndim == 3
         dq, dk, dv, d_decay, d_state = kernel.backward(
-            grad, grad_state, query, key, value, state, kernel.Decays(*sums, ctx.rows), starts, needed
+            grad, grad_state, query, key, value, state, decays.Decays(*sums, ctx.rows), starts, needed
         )
         return dq, dk, dv, _decay_gradient(d_decay, log_decay), d_state, None, None
 

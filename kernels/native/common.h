@@ -4,8 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
-// One function compiled for several instruction sets; the loader picks the best (GCC and Clang on x86 Linux).
-#if defined(__x86_64__) && defined(__linux__)
+// One function compiled for several instruction sets; the loader picks the best (GCC and Clang on x86 Linux). May be
+// given as empty, to compile once.
+#if defined(LB_CLONES)
+#elif defined(__x86_64__) && defined(__linux__)
 #define LB_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LB_CLONES

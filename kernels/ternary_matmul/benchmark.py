@@ -1,6 +1,7 @@
 """Ternary products against PyTorch and ggml: ``python -m lightbulb.kernels.ternary_matmul.benchmark --threads 1``.
 
-``--ggml PATH`` names ggml's libraries (a folder, or libggml-cpu.so itself) and adds its TQ2_0 and TQ1_0.
+``--ggml PATH`` names ggml's libraries (a folder, or libggml-cpu.so itself) and adds its TQ2_0 and TQ1_0. Where there is
+a GPU it is measured instead (benchmark_gpu.py); hide it (``CUDA_VISIBLE_DEVICES=``) to measure the CPU.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightbulb.kernels.native import ABSENT, is_built
-from lightbulb.kernels.ternary_matmul import made_ready, native, ternary_linear
+from lightbulb.kernels.ternary_matmul import benchmark_gpu, made_ready, native, ternary_linear
 from lightbulb.kernels.ternary_matmul.packing import FORMATS, TernaryWeight, pack_codes
 from lightbulb.kernels.ternary_matmul.quantise import Quantisation
 from lightbulb.kernels.timing import Run, interleaved, ratio, report
@@ -95,6 +96,9 @@ def main() -> None:
     parser.add_argument("--ggml", type=Path, help="folder of libggml-cpu.so, or the file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if torch.cuda.is_available():
+        print("the CPU: skipped, there is a GPU; CUDA_VISIBLE_DEVICES= hides it")
+        return benchmark_gpu.main()
     if not is_built():
         raise SystemExit(ABSENT)
     inputs, outputs = options.shape

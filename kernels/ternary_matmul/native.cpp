@@ -169,15 +169,17 @@ struct Quantisation {
 inline float value(const float *p) { return *p; }
 inline float value(const uint16_t *p) { return from_bf16(*p); }
 
-// Codes of one token and its scale; not a number where an input is not finite.
+// Codes of one token and its scale; not a number where an input is not finite (a bounded one: not a number).
 template <typename T>
 inline __attribute__((always_inline)) float quantise_row(const T *x, int64_t size, const Quantisation &how, int8_t *codes) {
     if (how.bounded) {
+        int32_t nans = 0;
         for (int64_t i = 0; i < size; ++i) {
             const float v = __builtin_rintf(value(x + i) * how.levels);
+            nans |= v != v;
             codes[i] = static_cast<int8_t>(v > how.levels ? how.levels : (v > 0.0f ? v : 0.0f));
         }
-        return 1.0f / how.levels;
+        return nans ? NAN : 1.0f / how.levels;
     }
     int32_t bits = 0;  // those of magnitudes have the order of the magnitudes, infinity and NaN on top
     float squares[16] = {};

@@ -1,4 +1,9 @@
-"""Inputs to codes, token by token; numbers, so that it is decided elsewhere what they are."""
+"""Inputs to codes, token by token; numbers, so that it is decided elsewhere what they are.
+
+The rule itself is :func:`lightbulb.nn.lowbit.token_codes`, which works on features split over ranks and decides the
+numbers. This is its plain form for one rank, where no kernel applies; the C++ and Triton kernels quantise on their way
+to a product, so that codes never go to memory as floats. Tests hold all four to the same codes, bit for bit.
+"""
 
 from typing import NamedTuple
 

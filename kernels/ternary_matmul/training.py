@@ -51,7 +51,7 @@ class _TernaryLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, rule: Rule, counts: list[int] | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-        ends = None if counts is None else _ends(counts, x.device)
+        ends = None if counts is None else ends_of(counts, x.device)
         tokens, packed = kernel.quantise(rows, *rule), kernel.pack(weight, scale)
         y = kernel.multiply(tokens, packed, scale, x.dtype, ends)
         kept = x if tokens.inverse_root is not None else None
@@ -95,7 +95,7 @@ def _along(grad: Tensor, weight: Tensor, counts: list[int] | None) -> Tensor:
     if counts is None:
         return grad @ weight
     if _has_grouped_kernel(grad, weight):
-        return torch._grouped_mm(grad, weight, offs=_ends(counts, grad.device))
+        return torch._grouped_mm(grad, weight, offs=ends_of(counts, grad.device))
     parts = zip(grad.split(counts), weight, strict=True)
     return torch.cat([part @ matrix for part, matrix in parts])
 
@@ -105,14 +105,14 @@ def _across(grad: Tensor, rows: Tensor, counts: list[int] | None) -> Tensor:
     if counts is None:
         return grad.mT @ rows
     if _has_grouped_kernel(grad, rows):
-        result = torch._grouped_mm(grad.mT, rows, offs=_ends(counts, grad.device))
+        result = torch._grouped_mm(grad.mT, rows, offs=ends_of(counts, grad.device))
         result[[expert for expert, count in enumerate(counts) if not count]] = 0  # which the kernel does not write
         return result
     parts = zip(grad.split(counts), rows.split(counts), strict=True)
     return torch.stack([part.mT @ mine for part, mine in parts])
 
 
-def _ends(counts: list[int], device: torch.device) -> Tensor:
+def ends_of(counts: list[int], device: torch.device) -> Tensor:
     """Where each expert's rows end."""
     return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
 

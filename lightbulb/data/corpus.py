@@ -1,6 +1,7 @@
 """One split of a corpus: the rows of all its domains under one numbering, checked against the manifest."""
 
 import hashlib
+from bisect import bisect_right
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,9 +11,13 @@ from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from lightbulb.config import describe
 from lightbulb.data.config import DataError
+from lightbulb.data.mixture import Group
 from lightbulb.data.shards import Row, Shards
 
 Split = Literal["train", "held_out"]
+
+GROUP = r"^[a-z0-9][a-z0-9_-]{0,63}(/cluster-[0-9]{2,4})?$"
+"""A domain, or one cluster of it: a folder below the split's."""
 
 
 class _Domain(BaseModel):
@@ -30,17 +35,18 @@ class _Tokenizer(BaseModel):
 class _Manifest(BaseModel):
     """What training needs of manifest.json; the rest is for people."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     context_length: StrictInt
     tokenizer: _Tokenizer
-    splits: dict[Split, dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")], _Domain]]
+    splits: dict[Split, dict[Annotated[str, Field(pattern=GROUP)], _Domain]]
 
 
 class Corpus:
     """Rows of one split, domain after domain in the order of their names.
 
     Attributes:
-        domains: the rows of each domain by themselves.
+        domains: the rows of each domain by themselves, or of each cluster of one.
+        groups: rows and tokens of the same.
         digest: changes with any row of the split.
         tokenizer_digest: hash of the tokenizer the rows were written with.
         num_tokens: tokens of the documents in the split.
@@ -65,19 +71,20 @@ class Corpus:
                     f"{path / split / name}: {len(self.domains[name])} rows, manifest.json says {domain.rows}; "
                     "run `lightbulb preprocess` again"
                 )
+        self.groups = {name: Group(domain.rows, domain.tokens) for name, domain in domains}
         self._shards = list(self.domains.values())
-        self._ends = np.cumsum([domain.rows for _, domain in domains], dtype=np.int64)
+        self._ends = np.cumsum([domain.rows for _, domain in domains], dtype=np.int64).tolist()
         self.num_tokens = sum(domain.tokens for _, domain in domains)
         self.tokenizer_digest = manifest.tokenizer.digest
         listing = [(name, domain.index_sha256) for name, domain in domains]
         self.digest = hashlib.sha256(repr(listing).encode()).hexdigest()
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, row: int) -> Row:
-        domain = int(np.searchsorted(self._ends, row, side="right"))
-        return self._shards[domain][row - (int(self._ends[domain - 1]) if domain else 0)]
+        domain = bisect_right(self._ends, row)
+        return self._shards[domain][row - (self._ends[domain - 1] if domain else 0)]
 
 
 def _read_manifest(path: Path) -> _Manifest:

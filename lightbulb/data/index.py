@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import orjson
 from pydantic import Field, StrictInt, model_validator
 
@@ -63,11 +64,15 @@ class ShardEntry(Config):
         return self
 
     @property
+    def row(self) -> np.dtype:
+        """A row as it lies in the file: one column behind the other."""
+        columns = [(name, ENCODING.fullmatch(code)) for name, code in zip(COLUMNS, self.column_encodings, strict=True)]
+        return np.dtype([(name, match[1], int(match[2])) for name, match in columns if match is not None])
+
+    @property
     def row_length(self) -> int:
         """Tokens in each row."""
-        match = ENCODING.fullmatch(self.column_encodings[COLUMNS.index("tokens")])
-        assert match is not None
-        return int(match[2])
+        return self.row["tokens"].shape[0]
 
 
 class ShardIndex(Config):

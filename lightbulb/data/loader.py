@@ -1,20 +1,23 @@
 """Rows to batches, in an order that does not know how many processes read it.
 
-Every epoch visits all rows of all domains once, in an order drawn from the seed and the epoch's number alone. Step s
-takes the next ``global_batch_size`` rows of that endless sequence (a step may end one epoch and begin the next), and
-each data-parallel rank reads its own contiguous part of them. What has to be remembered is therefore one number, and
-a run resumed on another number of ranks goes on with the very next row.
+Step s takes the next ``global_batch_size`` samples of the run's endless sequence (:mod:`lightbulb.data.sequence`; a
+step may end one epoch and begin the next), and each data-parallel rank reads its own contiguous part of them. What has
+to be remembered is how many were taken, with a mixture also how many of each group, and a run resumed on another number
+of ranks goes on with the very next row. The batches of the next step are read in a thread while this one is computed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightbulb.data.config import DataConfig, DataError
+from lightbulb.data.config import DataConfig, DataError, MixtureConfig
 from lightbulb.data.corpus import Corpus
+from lightbulb.data.mixture import domain_of, resolve
+from lightbulb.data.sequence import Draw, SampleSequence
 
 IGNORED_LABEL = -100
 PADDING_SAMPLE = -1
@@ -30,12 +33,23 @@ class Batch(NamedTuple):
         document_ids: number of each input's document within its row, or None without ``document_mask``.
         sample_ids: place of each row in the endless sequence of epochs (held out: its number), whichever rank reads
             it; ``PADDING_SAMPLE`` where a batch has no row.
+        groups: number of each row's group; ``PADDING_SAMPLE`` where a batch has no row.
+        group_places: with a mixture, the place of each row in the sequence of its group.
     """
 
     tokens: Tensor
     labels: Tensor
     document_ids: Tensor | None
     sample_ids: Tensor
+    groups: Tensor
+    group_places: Tensor | None = None
+
+
+class _Step(NamedTuple):
+    """This rank's batches of a step, and what is drawn of each group after it."""
+
+    batches: list[Batch]
+    drawn: np.ndarray
 
 
 class TrainLoader:
@@ -50,9 +64,15 @@ class TrainLoader:
         micro_batch_size: rows per :class:`Batch`.
         data_rank: this process among the data-parallel ones.
         data_size: how many data-parallel processes there are.
+        mixtures: each mixture of the run with the number of steps before it (``DataConfig.mixtures``); none for a
+            run without.
+
+    Attributes:
+        samples_consumed: samples taken by all ranks.
 
     Raises:
-        DataError: the batch sizes do not divide, or the corpus is damaged or holds less than one batch.
+        DataError: the batch sizes do not divide, the corpus is damaged or holds less than one batch, or a mixture
+            names groups it does not have.
     """
 
     def __init__(
@@ -65,6 +85,7 @@ class TrainLoader:
         micro_batch_size: int,
         data_rank: int = 0,
         data_size: int = 1,
+        mixtures: Sequence[tuple[int, MixtureConfig]] = (),
     ):
         if global_batch_size % (micro_batch_size * data_size):
             raise DataError(
@@ -79,42 +100,84 @@ class TrainLoader:
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.samples_consumed = 0
+        groups = self.corpus.groups
+        stages = [(step * global_batch_size, resolve(mixture, groups)) for step, mixture in mixtures]
+        self.sequence = SampleSequence(groups, seed, data.shuffle, stages)
         self._part = global_batch_size // data_size
         self._offset = data_rank * self._part
-        self._orders: dict[int, np.ndarray] = {}
+        self._drawn = (0, np.zeros(len(groups), dtype=np.int64))
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches of the next step")
+        self._ahead: tuple[int, Future[_Step]] | None = None
 
     @property
     def epoch(self) -> float:
         """How many times the corpus has been read."""
         return self.samples_consumed / len(self.corpus)
 
+    @property
+    def drawn(self) -> np.ndarray:
+        """``[groups]``: samples taken of each group, in the order of ``corpus.groups``."""
+        samples, drawn = self._drawn
+        if samples != self.samples_consumed:
+            drawn = self.sequence.plain_counts(self.samples_consumed)
+            self._drawn = self.samples_consumed, drawn
+        return drawn
+
+    @property
+    def group_epochs(self) -> dict[str, float]:
+        """How many times each group has been read."""
+        return dict(zip(self.sequence.names, (self.drawn / self.sequence.sizes).tolist(), strict=True))
+
     def next_step(self) -> list[Batch]:
-        """This rank's micro-batches of the next global batch."""
-        start = self.samples_consumed + self._offset
-        places = np.arange(start, start + self._part)
-        rows = self.row_numbers(start, start + self._part)
-        size, mask = self.micro_batch_size, self.data.document_mask
-        batches = [
-            _batch(self.corpus, rows[i : i + size], places[i : i + size], size, mask)
-            for i in range(0, self._part, size)
-        ]
+        """This rank's micro-batches of the next global batch.
+
+        Raises:
+            OutOfRows: the caps of the mixture allow no such batch; nothing is taken.
+            DataError: a shard is damaged.
+        """
+        first = self.samples_consumed
+        if self._ahead is None or self._ahead[0] != first:
+            self._read_ahead(first, self.drawn)
+        assert self._ahead is not None
+        batches, drawn = self._ahead[1].result()
         self.samples_consumed += self.global_batch_size
+        self._drawn = self.samples_consumed, drawn
+        self._read_ahead(self.samples_consumed, drawn)
         return batches
 
     def row_numbers(self, start: int, stop: int) -> np.ndarray:
-        """Corpus rows at these places of the endless sequence of epochs."""
-        epochs, places = np.divmod(np.arange(start, stop), len(self.corpus))
-        return np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)], dtype=np.int64)
+        """Corpus rows at these places of the endless sequence of epochs of a run without a mixture."""
+        return self.sequence.plain_rows(start, stop)
+
+    def exhausted(self) -> list[str]:
+        """Groups that the mixture of the next step leaves out because they have reached their caps."""
+        return self.sequence.exhausted(self.samples_consumed, self.drawn)
+
+    def check_enough(self, steps: int) -> None:
+        """Whether the caps of the mixtures allow the run to reach so many steps, as far as that can be foreseen.
+
+        Raises:
+            OutOfRows: they do not.
+        """
+        self.sequence.check_enough(self.samples_consumed, steps * self.global_batch_size, self.drawn)
+
+    def close(self) -> None:
+        """Read nothing more ahead."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps; the same on every rank."""
-        return {"samples_consumed": self.samples_consumed, **self._identity()}
+        state = {"samples_consumed": self.samples_consumed, **self._identity()}
+        if self.sequence.stages:
+            state["plain_samples"] = self.sequence.plain_samples
+            state["groups"] = dict(zip(self.sequence.names, self.drawn.tolist(), strict=True))
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the last row a checkpoint's run consumed.
 
         Raises:
-            DataError: the state is of another corpus, tokenizer, seed or order.
+            DataError: the state is of another corpus, tokenizer, seed or order, or of a run with a mixture.
         """
         for key, value in self._identity().items():
             if state.get(key) != value:
@@ -125,7 +188,19 @@ class TrainLoader:
         consumed = state.get("samples_consumed")
         if not isinstance(consumed, int) or consumed < 0:
             raise DataError(f"data.samples_consumed: {consumed!r} in the checkpoint is not a count of rows")
+        groups = state.get("groups")
+        if groups is not None and not self.sequence.stages:
+            raise DataError(
+                "data.mixture: the checkpoint was trained with one, and without one the run could not go on without "
+                "repeating rows; set data.mixture={} to draw all groups in proportion to tokens"
+            )
+        plain, drawn = consumed, None
+        if groups is not None:
+            plain, drawn = _checked_counts(state, self.sequence.names, consumed)
+        self.sequence.plain_samples = plain if self.sequence.stages else 0
         self.samples_consumed = consumed
+        self._drawn = consumed, self.sequence.plain_counts(consumed) if drawn is None else drawn
+        self._ahead = None
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides which row stands at which place."""
@@ -137,14 +212,30 @@ class TrainLoader:
             "corpus_digest": self.corpus.digest,
         }
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The rows in the order of one epoch; a step touches two epochs at most."""
-        if epoch not in self._orders:
-            rows = np.arange(len(self.corpus))
-            if self.data.shuffle:
-                rows = np.random.default_rng([self.seed, epoch]).permutation(rows)
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1} | {epoch: rows}
-        return self._orders[epoch]
+    def _read_ahead(self, first: int, drawn: np.ndarray) -> None:
+        self._ahead = first, self._reader.submit(self._read, first, drawn)
+
+    def _read(self, first: int, drawn: np.ndarray) -> _Step:
+        """The step that begins with a sample; changes nothing but what is cached."""
+        draw = self.sequence.draw(first, self.global_batch_size, drawn)
+        size, mask = self.micro_batch_size, self.data.document_mask
+        starts = range(self._offset, self._offset + self._part, size)
+        batches = [
+            _batch(self.corpus, draw.part(i, i + size), np.arange(i, i + size) + first, size, mask) for i in starts
+        ]
+        return _Step(batches, drawn + np.bincount(draw.groups, minlength=len(drawn)))
+
+
+def _checked_counts(state: dict[str, Any], names: Sequence[str], consumed: int) -> tuple[int, np.ndarray]:
+    """Samples before the first mixture, and ``[groups]`` counts, of a checkpoint."""
+    plain, groups = state.get("plain_samples", -1), state["groups"]
+    if not isinstance(groups, dict) or set(groups) != set(names):
+        raise DataError("data.groups: not those of the corpus in the checkpoint; use an earlier checkpoint")
+    counts = [groups[name] for name in names]
+    are_counts = all(isinstance(count, int) and count >= 0 for count in [plain, *counts])
+    if not are_counts or sum(counts) != consumed or plain > consumed:
+        raise DataError(f"data.groups: the counts in the checkpoint do not add up to {consumed}")
+    return plain, np.array(counts, dtype=np.int64)
 
 
 class HeldOut:
@@ -158,6 +249,9 @@ class HeldOut:
         data_rank: this process among the data-parallel ones.
         data_size: how many data-parallel processes there are.
         max_rows: take so many rows only, evenly spaced, so that every domain keeps its share.
+
+    Attributes:
+        domains: names of the domains, by number.
 
     Raises:
         DataError: the corpus is damaged or has no held-out rows.
@@ -183,34 +277,59 @@ class HeldOut:
             self.rows = np.arange(max_rows) * len(self.rows) // max_rows
         self._rank = data_rank
         self._size = data_size
+        names = [domain_of(name) for name in self.corpus.groups]
+        self.domains = sorted(set(names))
+        rows = [group.rows for group in self.corpus.groups.values()]
+        self._groups = np.repeat(np.arange(len(rows)), rows)[self.rows]
+        self._domains = np.array([self.domains.index(name) for name in names])[self._groups]
 
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.micro_batch_size * self._size))
 
     def __iter__(self) -> Iterator[Batch]:
-        size = self.micro_batch_size
         for step in range(len(self)):
-            start = (step * self._size + self._rank) * size
-            rows = self.rows[start : start + size]
-            yield _batch(self.corpus, rows, rows, size, self.data.document_mask)
+            part = self._part(step)
+            draw = Draw(self.rows[part], self._groups[part], None)
+            yield _batch(self.corpus, draw, draw.rows, self.micro_batch_size, self.data.document_mask)
+
+    def domains_of(self, step: int) -> tuple[list[int], np.ndarray]:
+        """Numbers of the domains that the ranks' batches of a step hold together, and ``[batch]`` those of this rank's.
+
+        -1 where the batch has no row.
+        """
+        everywhere = self._domains[step * self._size * self.micro_batch_size :][: self._size * self.micro_batch_size]
+        own = self._domains[self._part(step)]
+        return np.unique(everywhere).tolist(), np.pad(own, (0, self.micro_batch_size - len(own)), constant_values=-1)
+
+    def _part(self, step: int) -> slice:
+        """Where this rank's rows of a step are."""
+        start = (step * self._size + self._rank) * self.micro_batch_size
+        return slice(start, start + self.micro_batch_size)
 
 
-def _batch(corpus: Corpus, rows: np.ndarray, sample_ids: np.ndarray, size: int, document_mask: bool) -> Batch:
-    """The rows as one batch of ``size``; rows that are missing hold no labels."""
+def _batch(corpus: Corpus, draw: Draw, sample_ids: np.ndarray, size: int, document_mask: bool) -> Batch:
+    """The samples as one batch of ``size``; rows that are missing hold no labels."""
     length = corpus.context_length + 1
     tokens = np.zeros((size, length), dtype=np.int64)
     documents = np.full((size, length), PADDING_DOCUMENT, dtype=np.int64)
-    for i, row in enumerate(rows):
+    for i, row in enumerate(draw.rows):
         tokens[i], documents[i] = corpus[int(row)]
-    ids = np.full(size, PADDING_SAMPLE, dtype=np.int64)
-    ids[: len(rows)] = sample_ids
     labels = np.where(documents[:, 1:] == PADDING_DOCUMENT, IGNORED_LABEL, tokens[:, 1:])
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()),
         torch.from_numpy(labels),
         torch.from_numpy(documents[:, :-1].copy()) if document_mask else None,
-        torch.from_numpy(ids),
+        torch.from_numpy(_padded(sample_ids, size)),
+        torch.from_numpy(_padded(draw.groups, size)),
+        None if draw.places is None else torch.from_numpy(draw.places),
     )
+
+
+def _padded(values: np.ndarray, size: int) -> np.ndarray:
+    """``[size]``: the values, then ``PADDING_SAMPLE``."""
+    padded = np.full(size, PADDING_SAMPLE, dtype=np.int64)
+    padded[: len(values)] = values
+    return padded
 
 
 def _too_few(corpus: Corpus, wanted: str) -> DataError:

@@ -6,6 +6,7 @@ present in full when the folder is opened, matches its hash before its first row
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,34 +59,35 @@ class Shards:
                     f"{folder}: rows hold {shard.row_length} tokens, context_length={context_length} needs "
                     f"{context_length + 1}; set context_length={shard.row_length - 1} or run preprocess with yours"
                 )
+        self._dtypes = [shard.row for shard in index.shards]
         self._readers = [reader_from_json(str(folder), None, entry) for entry in entries]
-        self._ends = np.cumsum([shard.samples for shard in index.shards], dtype=np.int64)
+        self._ends = np.cumsum([shard.samples for shard in index.shards], dtype=np.int64).tolist()
         self._verified = [False] * len(self._files)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, row: int) -> Row:
         if not 0 <= row < len(self):
             raise IndexError(f"{self.folder}: row {row} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        sample = int(row - (self._ends[shard - 1] if shard else 0))
+        shard = bisect_right(self._ends, row)
+        sample = row - (self._ends[shard - 1] if shard else 0)
         if not self._verified[shard]:
             self._check_hash(self._files[shard])
             self._verified[shard] = True
-        path = self.folder / self._files[shard].basename
         try:
-            columns = self._readers[shard][sample]
+            # The columns' types are known from the checked index; the reader would parse their names for every row.
+            (columns,) = np.frombuffer(self._readers[shard].get_sample_data(sample), dtype=self._dtypes[shard])
         except (OSError, ValueError, IndexError) as error:
             raise DataError(
-                f"{path}: sample {sample} cannot be read ({error}); the file changed after it was checked, "
-                "so run `lightbulb preprocess` again or copy the shard again"
+                f"{self._path(shard)}: sample {sample} cannot be read ({error}); the file changed after it was "
+                "checked, so run `lightbulb preprocess` again or copy the shard again"
             ) from None
         tokens = columns["tokens"].astype(np.int64)
         if tokens.max() >= self.vocab_size:
             raise DataError(
-                f"{path}: sample {sample} holds token {tokens.max()}, the vocabulary has {self.vocab_size}; "
-                "use the vocabulary size of the corpus's tokenizer.json"
+                f"{self._path(shard)}: sample {sample} holds token {tokens.max()}, the vocabulary has "
+                f"{self.vocab_size}; use the vocabulary size of the corpus's tokenizer.json"
             )
         return Row(tokens, columns["document_ids"].astype(np.int64))
 
@@ -113,6 +115,9 @@ class Shards:
     def num_shards(self) -> int:
         """Files."""
         return len(self._files)
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / self._files[shard].basename
 
     def _check_present(self, file: ShardFile) -> None:
         path = self.folder / file.basename

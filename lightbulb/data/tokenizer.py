@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE trained here, or any lossless ``tokenizer.json``.
+"""Text to token ids and back: byte-level BPE or Unigram trained here, or any lossless ``tokenizer.json``.
 
 Documents are text, never markup: ``<|endoftext|>`` inside a document is encoded letter by letter, and the id of
 the end of a document is only ever added by the packer.
@@ -12,12 +12,15 @@ and the next line's indentation with it, and that an indentation is one piece wi
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from lightbulb.data.bpe import fast_encoding
 from lightbulb.folder import write_atomically
 
 EOS = "<|endoftext|>"
@@ -76,11 +79,22 @@ class Tokenizer:
         self._inner.add_special_tokens([AddedToken(eos, special=True, normalized=False)])
         self._inner.encode_special_tokens = True
         added = self._inner.get_added_tokens_decoder()
-        self._bytes_of = _token_table(json.loads(text), vocabulary, added, source)
+        description = json.loads(text)
+        self._bytes_of = _token_table(description, vocabulary, added, source)
+        self._fast = fast_encoding(description, self._bytes_of, self._encode)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, progress: Callable[[int], None] | None = None) -> "Tokenizer":
-        """Learn a byte-level BPE vocabulary; ``progress`` gets the characters of each text as it is counted.
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        progress: Callable[[int], None] | None = None,
+        method: Literal["bpe", "unigram"] = "bpe",
+    ) -> "Tokenizer":
+        """Learn a byte-level vocabulary; ``progress`` gets the characters of each text as it is counted.
+
+        ``unigram`` is the language model of Kudo 2018 (arXiv:1804.10959): its vocabulary is pruned from many
+        substrings instead of being merged from bytes.
 
         Raises:
             TokenizerError: ``vocab_size`` has no room for the 256 bytes and the end of text.
@@ -90,15 +104,14 @@ class Tokenizer:
             raise TokenizerError(
                 f"vocab_size: {vocab_size} is too small; it needs at least {len(alphabet) + 1} entries"
             )
-        inner = tokenizers.Tokenizer(models.BPE())
+        inner = tokenizers.Tokenizer(models.BPE() if method == "bpe" else models.Unigram())
         split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
         inner.pre_tokenizer = pre_tokenizers.Sequence(
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
         inner.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-        )
+        make = trainers.BpeTrainer if method == "bpe" else trainers.UnigramTrainer
+        trainer = make(vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
         inner.train_from_iterator(_reported_parts(texts, progress), trainer)
         return cls(inner.to_str(pretty=True), EOS)
 
@@ -120,8 +133,36 @@ class Tokenizer:
         """Write the ``tokenizer.json``, byte for byte the one that was trained or loaded."""
         write_atomically(Path(path), self._text)
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether tiktoken's core encodes."""
+        return self._fast is not None
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without any id added before or after."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """Ids of each text as an array; the tokenizers library, where it encodes, has threads of its own.
+
+        Raises:
+            UnicodeEncodeError: a text has lone surrogates.
+        """
+        fast = self._fast
+        if fast is None:
+            return [np.array(ids, dtype=np.uint32) for ids in self._encode(texts)]
+
+        def encode(text: str) -> np.ndarray:
+            parts = [fast.encode_to_numpy(part, disallowed_special=()) for part in _parts(text)]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+        if threads == 1:
+            return [encode(text) for text in texts]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(encode, texts))
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """As the tokenizers library encodes."""
         ids: list[list[int]] = [[] for _ in texts]
         for call in _calls(texts):
             encoded = self._inner.encode_batch_fast([part for _, part in call], add_special_tokens=False)

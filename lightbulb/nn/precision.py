@@ -42,7 +42,8 @@ class _ConvertedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         dtype = product_dtype(x)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        return (rows @ weight.to(dtype).t()).to(x.dtype).view(*x.shape[:-1], len(weight))
+        # Converted last: what a Function returns as a view could not be changed in place.
+        return (rows @ weight.to(dtype).t()).view(*x.shape[:-1], len(weight)).to(x.dtype)
 
     @staticmethod
     @once_differentiable

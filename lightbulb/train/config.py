@@ -6,13 +6,13 @@ from pydantic import Field, model_validator
 
 import lightbulb.modifiers  # noqa: F401  (registers what model.modifiers can name)
 from lightbulb.config import Config, ConfigError
-from lightbulb.data.config import DataConfig
+from lightbulb.data.config import DataConfig, MixtureConfig
 from lightbulb.models.language import LanguageConfig
 from lightbulb.ops import Kernels
 from lightbulb.parallel.optimizer import OptimizerConfig
 from lightbulb.parallel.pipeline_cut import language_stages
 from lightbulb.parallel.topology import ParallelConfig
-from lightbulb.train.schedule import ScheduleConfig
+from lightbulb.train.schedule import ScheduleConfig, decay_start
 
 __all__ = ["RunConfig", "TrainConfig"]
 
@@ -78,6 +78,15 @@ class RunConfig(Config):
                 f"train.micro_batch_size {self.train.micro_batch_size}; choose a divisor"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stages_rise(self) -> "RunConfig":
+        self.mixtures()
+        return self
+
+    def mixtures(self) -> list[tuple[int, MixtureConfig]]:
+        """Every mixture of the run with the number of steps before it; empty for a run without."""
+        return self.data.mixtures(self.train.steps, decay_start(self.schedule, self.train.steps))
 
     def resolve(self, world_size: int) -> "RunConfig":
         """The config with its degrees filled in and checked against the model and the number of processes.

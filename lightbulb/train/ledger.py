@@ -1,14 +1,17 @@
 """The sample ledger: which samples a run trained on at each step, kept so that anybody can check it.
 
 Every data rank appends one line per step to ``RUN/ledger/data-0000.jsonl``: the places of its samples in the endless
-sequence of epochs, taken from the batches themselves, and a hash of their tokens. Lines go to disk with each
-checkpoint; a resumed run drops those behind its checkpoint from all files, also of ranks that are gone. The proof that
-steps 1 to N used every place once is then a matter of reading (:func:`check_ledger`), whatever layouts the run had.
+sequence of epochs, taken from the batches themselves, and a hash of their tokens. With a mixture the line also has the
+places in the sequence of each group: a rank's part of a step is a run of places in every group, so that two numbers per
+group name all its rows, whatever mixtures came before. Lines go to disk with each checkpoint; a resumed run drops those
+behind its checkpoint from all files, also of ranks that are gone. The proof that steps 1 to N used every place once is
+then a matter of reading (:func:`check_ledger`), whatever layouts the run had.
 """
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +44,9 @@ class Line(BaseModel):
     places: list[tuple[_Count, _Count]]
     """Runs of places, ``[first, last + 1)``, in the order of the batches."""
     tokens: str
-    """xxh3-64 of the samples' input tokens, int64, in the same order."""
+    """xxh3-64 of the samples' input tokens, int64: in the same order, or with groups by group and place."""
+    groups: dict[str, tuple[_Count, _Count]] | None = None
+    """With a mixture: places in the sequence of each group, ``[first, last + 1)``."""
     skipped: bool = False
     """The step's gradients were not finite: read, but the weights were left alone."""
 
@@ -53,20 +58,38 @@ class Ledger:
         run: folder of the run.
         data_rank: which share of the samples this rank reads.
         is_writer: whether this rank keeps the ledger of that share.
+        groups: names of the groups that batches give by number.
     """
 
-    def __init__(self, run: Path, data_rank: int, is_writer: bool):
+    def __init__(self, run: Path, data_rank: int, is_writer: bool, groups: Sequence[str] = ()):
         self.path = run / FOLDER / f"data-{data_rank:04d}.jsonl"
         self.is_writer = is_writer
+        self.groups = groups
         self._lines: list[bytes] = []
 
     def add(self, step: int, batches: Iterable[Batch], skipped: bool = False) -> None:
         """Note the batches of a step; nothing is written yet."""
         if self.is_writer:
             batches = list(batches)
-            places = _runs(torch.cat([batch.sample_ids for batch in batches]).numpy())
-            record = {"step": step, "places": places, "tokens": tokens_hash(batch.tokens for batch in batches)}
+            record: dict[str, Any] = {"step": step}
+            record["places"] = _runs(torch.cat([batch.sample_ids for batch in batches]).numpy())
+            if batches[0].group_places is None:
+                record["tokens"] = tokens_hash(batch.tokens for batch in batches)
+            else:
+                record |= self._by_group(batches)
             self._lines.append(orjson.dumps(record | ({"skipped": True} if skipped else {})))
+
+    def _by_group(self, batches: list[Batch]) -> dict[str, Any]:
+        """Hash and places of samples that were drawn from groups."""
+        tokens = torch.cat([batch.tokens for batch in batches])
+        groups = torch.cat([batch.groups for batch in batches]).numpy()
+        places = torch.cat([batch.group_places for batch in batches if batch.group_places is not None]).numpy()
+        ordered = np.lexsort((places, groups))
+        found: dict[str, tuple[int, int]] = {}
+        for number in np.unique(groups):
+            of_group = places[groups == number]
+            found[self.groups[number]] = int(of_group.min()), int(of_group.max()) + 1
+        return {"tokens": tokens_hash([tokens[torch.from_numpy(ordered)]]), "groups": found}
 
     def take(self) -> bytes:
         """The lines since the last call, for :meth:`write`."""
@@ -152,10 +175,22 @@ class LedgerCheck:
     problems: list[str] = field(default_factory=list)
 
 
-def check_ledger(run: Path, steps: int, global_batch_size: int) -> LedgerCheck:
-    """Whether steps 1 to ``steps`` used the first ``steps * global_batch_size`` places once each, in their order."""
+Runs = list[tuple[int, int]]
+
+
+def check_ledger(
+    run: Path, steps: int, global_batch_size: int, drawn: Mapping[str, int] | None = None, plain_samples: int = 0
+) -> LedgerCheck:
+    """Whether steps 1 to ``steps`` used the first ``steps * global_batch_size`` places once each, in their order.
+
+    Args:
+        drawn: with a mixture, the samples of each group that the checkpoint counts: the places in every group must
+            lead up to them without a gap.
+        plain_samples: samples before the run had a mixture.
+    """
     check = LedgerCheck(steps)
-    runs: dict[int, list[tuple[int, int]]] = {step: [] for step in range(1, steps + 1)}
+    runs: dict[int, Runs] = {step: [] for step in range(1, steps + 1)}
+    groups: dict[int, dict[str, Runs]] = defaultdict(lambda: defaultdict(list))
     skipped: set[int] = set()
     try:
         for path, line in read_ledger(run, steps):
@@ -163,9 +198,14 @@ def check_ledger(run: Path, steps: int, global_batch_size: int) -> LedgerCheck:
                 check.problems.append(f"{path}: names step {line.step}")
                 continue
             runs[line.step] += line.places
-            check.samples += sum(stop - start for start, stop in line.places)
+            count = _length(line.places)
+            check.samples += count
             if line.skipped:
                 skipped.add(line.step)
+            for name, places in (line.groups or {}).items():
+                groups[line.step][name].append(places)
+            if line.groups is not None and _length(line.groups.values()) != count:
+                check.problems.append(f"{path}: step {line.step}: its groups do not have its {count} samples")
     except LedgerError as error:
         check.problems.append(str(error))
         return check
@@ -174,10 +214,40 @@ def check_ledger(run: Path, steps: int, global_batch_size: int) -> LedgerCheck:
         first = (step - 1) * global_batch_size
         if problem := _gap(sorted(found), first, first + global_batch_size):
             check.problems.append(f"{run / FOLDER}: step {step}: {problem}")
+        if (first >= plain_samples and drawn is not None) != (step in groups):
+            check.problems.append(f"{run / FOLDER}: step {step}: has groups although it had no mixture, or none")
+    if drawn is not None:
+        check.problems += [f"{run / FOLDER}: {problem}" for problem in _group_gaps(groups, drawn, plain_samples)]
     return check
 
 
-def _gap(runs: list[tuple[int, int]], first: int, last: int) -> str | None:
+def _group_gaps(
+    groups: Mapping[int, Mapping[str, Runs]], drawn: Mapping[str, int], plain_samples: int
+) -> Iterator[str]:
+    """Where the places of a group do not follow each other from step to step, up to what was drawn of it."""
+    stands: dict[str, int] = {}
+    begins: dict[str, int] = {}
+    for step in sorted(groups):
+        for name, runs in groups[step].items():
+            ordered = sorted(runs)
+            begins.setdefault(name, ordered[0][0])
+            first = stands.get(name, ordered[0][0])
+            stands[name] = first + _length(runs)
+            if problem := _gap(ordered, first, stands[name]):
+                yield f"step {step}: group {name}: {problem}"
+    for name, count in drawn.items():
+        if stands.get(name, count) != count:
+            yield f"group {name}: {stands[name]} samples, the checkpoint counts {count}"
+    before = sum(begins.get(name, count) for name, count in drawn.items())
+    if before != plain_samples:
+        yield f"the groups began at {before} samples together, the mixture at sample {plain_samples}"
+
+
+def _length(runs: Iterable[tuple[int, int]]) -> int:
+    return sum(stop - start for start, stop in runs)
+
+
+def _gap(runs: Runs, first: int, last: int) -> str | None:
     """What keeps sorted runs from covering ``[first, last)`` once."""
     place = first
     for start, stop in runs:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -20,19 +20,21 @@ import torch.distributed as dist
 
 from lightbulb.config import save_config
 from lightbulb.data.config import DataError
-from lightbulb.data.loader import IGNORED_LABEL, Batch, HeldOut, TrainLoader
+from lightbulb.data.loader import Batch, HeldOut, TrainLoader
+from lightbulb.data.mixture import OutOfRows
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.folder import check_writable, claim
 from lightbulb.parallel.collective import agree, on_rank_zero
 from lightbulb.parallel.engine import Engine, StepResult
 from lightbulb.parallel.host import Precision, pick_precision
+from lightbulb.train.accounts import DomainAccount, HeldOutTally, bytes_predicted
 from lightbulb.train.agreement import check_same_on_all_ranks
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into, newest_checkpoint, start_from
 from lightbulb.train.config import RunConfig
 from lightbulb.train.faults import StopSignal, fault_point, poisoned
 from lightbulb.train.kernels import use_kernels
 from lightbulb.train.ledger import Ledger, rewind_ledger
-from lightbulb.train.manifest import TrainState, set_aside_newer, sweep
+from lightbulb.train.manifest import TrainState, set_aside_newer, step_folder, sweep
 from lightbulb.train.metrics import FILE_NAME, MetricsWriter, read_metrics
 from lightbulb.train.resume import check_resumable
 from lightbulb.train.save import Saver
@@ -91,9 +93,12 @@ class Trainer:
         """Train to the last step; False when a signal stopped the run earlier (its state is saved)."""
         train = self.config.train
         while self.step < train.steps:
-            with self._watchdog.section("step", self.step + 1):
-                self._train_one_step()
-                self.saver.poll()
+            try:
+                with self._watchdog.section("step", self.step + 1):
+                    self._train_one_step()
+                    self.saver.poll()
+            except OutOfRows as error:
+                self._end_without_rows(error)
             if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
                 self.evaluate(train.eval_contexts, self._stop)
             stopping = self._stop.requested()
@@ -110,8 +115,8 @@ class Trainer:
         self._signals.close()
         return True
 
-    def evaluate(self, max_contexts: int | None = None, stop: StopSignal | None = None) -> dict[str, float]:
-        """Held-out loss and bits per byte, written to the metrics; empty when a stop cut it short.
+    def evaluate(self, max_contexts: int | None = None, stop: StopSignal | None = None) -> dict[str, Any]:
+        """Held-out loss and bits per byte, of all and by domain, to the metrics; empty when a stop cut it short.
 
         Bits per byte divides the summed bits by the bytes of the predicted tokens' text, so that it compares across
         tokenizers.
@@ -121,17 +126,15 @@ class Trainer:
             self.config.data, model.context_length, model.vocab_size, self.config.train.micro_batch_size,
             self.engine.data_rank, data, max_contexts,
         )  # fmt: skip
-        nats, tokens, text_bytes = 0.0, 0, 0
-        for batch in held_out:
+        tally = HeldOutTally(held_out, self._token_bytes)
+        for number, batch in enumerate(held_out):
             if stop is not None and stop.requested():
                 return {}
             with self._watchdog.section("evaluate", self.step):
                 fault_point("eval", self.step)
-                batch_nats, batch_tokens = self.engine.evaluate([batch])
-            nats, tokens = nats + batch_nats, tokens + batch_tokens
-            text_bytes += self._bytes_predicted([batch])
-        text_bytes = self._sum_over_data(text_bytes)
-        result = {"held_out_loss": nats / max(tokens, 1), "held_out_bpb": nats / math.log(2) / max(text_bytes, 1)}
+                for domain, part in tally.by_domain(number, batch):
+                    tally.add(domain, part, *self.engine.evaluate([part]))
+        result = tally.results(self._sum_over_data(tally.bytes))
         self.metrics.write({"kind": "eval", "step": self.step, "contexts": len(held_out.rows), **result})
         return result
 
@@ -145,6 +148,7 @@ class Trainer:
             loader=self.loader.state_dict(),
             config=self.config.model_dump(mode="json"),
             layout=self.config.parallel.label(),
+            domain_tokens=dict(self.account.tokens),  # written while training goes on
         )
         lines = self.ledger.take()
         self.saver.save(state, lambda: self.ledger.write(lines))
@@ -162,6 +166,8 @@ class Trainer:
             "parameters": self.cost.params,
             "active_parameters": self.cost.active_params,
             "skipped_steps": self.skipped_steps,
+            "domain_tokens": self.account.tokens,
+            "group_epochs": self.loader.group_epochs,
         }
 
     @property
@@ -211,10 +217,12 @@ class Trainer:
         self._cleanup.callback(self.engine.close)
         self.loader = TrainLoader(
             config.data, model.context_length, model.vocab_size, config.seed, train.global_batch_size,
-            train.micro_batch_size, self.engine.data_rank, data,
+            train.micro_batch_size, self.engine.data_rank, data, config.mixtures(),
         )  # fmt: skip
+        self._cleanup.callback(self.loader.close)
         tokenizer = config.data.path.expanduser() / "tokenizer.json"
         self._token_bytes = torch.from_numpy(np.asarray(Tokenizer.load(tokenizer).token_bytes()))
+        self.account = DomainAccount(self.loader)
         self.metrics = MetricsWriter(self.folder, train.steps, self.is_main, train.log_every)
         self._cleanup.callback(self.metrics.close)
         self._speed = Speedometer()
@@ -223,13 +231,15 @@ class Trainer:
             self._resume(checkpoint)
         elif config.start_from is not None:
             self._start_from(Path(config.start_from).expanduser())
+        self.loader.check_enough(train.steps)
         if self.is_main:
             save_config(config, self.folder / "config.yaml")
             shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
         self.metrics.rewind(self.step)
         self._spikes.restore(on_rank_zero(self._last_steps))
         on_rank_zero(lambda: rewind_ledger(self.folder, self.step))
-        self.ledger = Ledger(self.folder, self.engine.data_rank, self._is_first_reader())
+        groups = self.loader.sequence.names
+        self.ledger = Ledger(self.folder, self.engine.data_rank, self._is_first_reader(), groups)
         self.saver = Saver(self.folder, self.engine, train.keep_checkpoints, train.async_save)
         self._cleanup.callback(self.saver.close)
         fault_point("start")
@@ -259,6 +269,7 @@ class Trainer:
         for aside in on_rank_zero(lambda: set_aside_newer(self.folder, state.step)):
             log.warning("set aside the damaged checkpoint: it is %s now; delete it when you have looked at it", aside)
         self.step, self.tokens, self.skipped_steps = state.step, state.tokens, state.skipped_steps
+        self.account.tokens |= state.domain_tokens
         log.info("resumed from %s (written as %s)", checkpoint.folder, state.layout)
 
     def _start_from(self, run: Path) -> None:
@@ -281,6 +292,7 @@ class Trainer:
         fault_point("step", self.step + 1)
         started = time.perf_counter()
         batches = self.loader.next_step()
+        waited = time.perf_counter() - started
         factor = learning_rate_factor(self.config.schedule, self.step, self.config.train.steps)
         lr = self.config.optimizer.lr * factor
         limits = self._spikes.limits()
@@ -297,7 +309,23 @@ class Trainer:
         self._seconds_here += seconds
         self.ledger.add(self.step, batches, not result.applied)
         self._count_skips(result)
-        self._write_metrics(result, lr, self._sum_over_data(self._bytes_predicted(batches)))
+        counted = self._sum_over_data([self._bytes_predicted(batches), *self.account.count(batches)])
+        self.account.add(counted[1:])
+        for sentence in self.account.news():
+            log.info("step %d: %s", self.step, sentence)
+        self._write_metrics(result, lr, counted[0], waited / seconds)
+
+    def _end_without_rows(self, error: OutOfRows) -> NoReturn:
+        """Save what was trained and stop: the mixture has nothing left for another step."""
+        with self._watchdog.section("save", self.step):
+            self.saver.wait()
+            if not on_rank_zero(lambda: step_folder(self.folder, self.step).exists()):
+                self.save()
+                self.saver.wait()
+        raise TrainingError(
+            f"step {self.step + 1} of {self.config.train.steps} cannot be drawn, the run is saved after step "
+            f"{self.step}: {error}; raise max_epochs, give other groups a weight, or set train.steps={self.step}"
+        )
 
     def _count_skips(self, result: StepResult) -> None:
         if result.applied:
@@ -319,7 +347,7 @@ class Trainer:
                 f"lower optimizer.lr ({self.config.optimizer.lr}) or look at the samples named above"
             )
 
-    def _write_metrics(self, result: StepResult, lr: float, text_bytes: int) -> None:
+    def _write_metrics(self, result: StepResult, lr: float, text_bytes: int, data_wait: float) -> None:
         rate = self._speed.tokens_per_second
         achieved = rate * self.cost.train_flops
         routers = result.routers
@@ -338,6 +366,7 @@ class Trainer:
                 "clip_coefficient": result.clip_coefficient,
                 "skipped_steps": self.skipped_steps,
                 "tokens_per_second": rate,
+                "data_wait": data_wait,
                 "flops_per_second": achieved,
                 "peak_flops": self.peak,
                 "mfu": achieved / self.peak,
@@ -345,18 +374,19 @@ class Trainer:
                 "eta_seconds": (self.config.train.steps - self.step) * self._speed.seconds_per_step,
                 "expert_load": {layer: router["load"] for layer, router in routers.items()},
                 "router_entropy": {layer: router["entropy"] for layer, router in routers.items()},
+                **self.account.record(),
             }
         )
 
     def _bytes_predicted(self, batches: list[Batch]) -> int:
         """Bytes of text of this rank's labels."""
-        labels = torch.cat([batch.labels.flatten() for batch in batches])
-        return int(self._token_bytes[labels[labels != IGNORED_LABEL]].sum())
+        return bytes_predicted(batches, self._token_bytes)
 
-    def _sum_over_data(self, count: int) -> int:
-        total = torch.tensor(float(count), dtype=torch.float64, device=self.device)
+    def _sum_over_data(self, counts: list[int]) -> list[int]:
+        """Counts of every data rank's share, summed."""
+        total = torch.tensor(counts, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return round(total.item()) // self.config.parallel.copies
+        return [round(count) // self.config.parallel.copies for count in total.tolist()]
 
 
 @contextmanager

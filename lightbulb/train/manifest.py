@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -131,6 +131,8 @@ class TrainState:
     loader: dict[str, Any]
     config: dict[str, Any]
     layout: str
+    domain_tokens: dict[str, Count] = field(default_factory=dict)
+    """Tokens trained on, by domain; empty in checkpoints from before they were counted."""
 
     @property
     def is_untrained(self) -> bool:

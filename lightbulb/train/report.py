@@ -1,4 +1,4 @@
-"""A run as pictures and one page: ``loss.png``, ``experts.png``, ``throughput.png`` and ``report.html``.
+"""A run as pictures and one page: ``loss.png``, ``domains.png``, ``experts.png``, ``throughput.png``, ``report.html``.
 
 Read from the run folder: ``metrics.jsonl``; ``summary.json`` if it is there, a mapping of facts in which
 ``held_out_bpb`` is the run's held-out bits per byte and ``baselines`` maps names to the bits per byte to compare it
@@ -30,6 +30,8 @@ MAX_POINTS = 1500
 """Longer curves are averaged in bins: a picture has no more columns."""
 SMOOTHING_STEPS = 50
 PANEL_COLUMNS = 3
+BY_DOMAIN = ("domain_tokens", "domain_loss", "domain_bpb", "group_epochs")
+"""Parts of the summary that have a table of their own."""
 
 
 def write_report(run: Path) -> Path:
@@ -48,6 +50,8 @@ def write_report(run: Path) -> Path:
     summary = _read_json(run / "summary.json", {})
     samples = _read_json(run / "samples.json", [])
     pictures = {"Loss": _save(_loss_figure(train, held_out), run / "loss.png")}
+    if any(len(record.get("domain_bpb") or {}) > 1 for record in held_out):
+        pictures["Domains"] = _save(_domains_figure(held_out), run / "domains.png")
     if any(record.get("expert_load") for record in train):
         pictures["Experts"] = _save(_experts_figure(train), run / "experts.png")
     pictures["Throughput"] = _save(_throughput_figure(train), run / "throughput.png")
@@ -127,6 +131,21 @@ def _loss_figure(train: Records, held_out: Records) -> Figure:
     lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _style(lower, "Learning rate", "")
     lower.set_xlabel("step")
+    return figure
+
+
+def _domains_figure(held_out: Records) -> Figure:
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axis = figure.subplots()
+    domains = sorted({domain for record in held_out for domain in record.get("domain_bpb") or {}})
+    for number, domain in enumerate(domains):
+        known = [record for record in held_out if domain in (record.get("domain_bpb") or {})]
+        steps, bits = _series([{"step": r["step"], "bits": r["domain_bpb"][domain]} for r in known], "bits")
+        colour = colormaps["turbo"](0.08 + 0.84 * number / max(1, len(domains) - 1))
+        axis.plot(steps, bits, color=colour, marker="o", markersize=3, linewidth=1.4, label=domain)
+    axis.legend(frameon=False, fontsize=8, ncols=max(1, len(domains) // 8))
+    _style(axis, "Held-out bits per byte, by domain", "bits per byte")
+    axis.set_xlabel("step")
     return figure
 
 
@@ -239,6 +258,7 @@ def _page(
     sections = [
         _bars(_own_bits(held_out, summary), summary.get("baselines") or {}),
         *(_section(title, _image(title, path)) for title, path in pictures.items()),
+        _domains(last, held_out),
         _facts(last, summary),
         _alarms(train),
         _samples(samples),
@@ -286,8 +306,25 @@ def _bar(name: str, bits: float, width: float, is_own: bool) -> str:
     )
 
 
+def _domains(last: Mapping[str, Any], held_out: Records) -> str:
+    """What each domain gave to training, and how well its held-out text is predicted."""
+    tokens = last.get("domain_tokens") or {}
+    if not tokens:
+        return ""
+    measured = next((record for record in reversed(held_out) if record.get("domain_bpb")), {})
+    total, head = sum(tokens.values()), ("domain", "tokens", "share", "held-out loss", "bits per byte")
+    body = "<tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>"
+    for name in sorted(tokens):
+        loss, bits = (measured.get(key, {}).get(name, math.nan) for key in ("domain_loss", "domain_bpb"))
+        cells = (f"{tokens[name]:,}", f"{tokens[name] / max(total, 1):.1%}", _text(loss), _text(bits))
+        body += f"<tr><th>{html.escape(name)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    epochs = ", ".join(f"{name} {_text(value)}" for name, value in (last.get("group_epochs") or {}).items())
+    below = f"<p>Epochs: {html.escape(epochs)}.</p>" if epochs else ""
+    return _section("Domains", f"<table>{body}</table>{below}")
+
+
 def _facts(last: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    shown = {key: value for key, value in summary.items() if key != "baselines"}
+    shown = {key: value for key, value in summary.items() if key != "baselines" and key not in BY_DOMAIN}
     final = {key: value for key, value in last.items() if isinstance(value, int | float) and key != "step"}
     body = "".join(
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(_text(value))}</td></tr>"

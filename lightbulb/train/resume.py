@@ -32,6 +32,8 @@ RULES = {
     "train.max_skipped_steps": Rule.SAID,
     "train.kernels": Rule.SAID,  # the same function, rounded otherwise
     "data.document_mask": Rule.SAID,
+    "data.mixture": Rule.SAID,  # also a first one: every group goes on where it stood
+    "data.stages": Rule.SAID,
     "data.path": Rule.SAID,  # the same corpus elsewhere: its digest is compared when the loader resumes
     "run": Rule.FREE,
     "start_from": Rule.FREE,  # where weights came from before there was a checkpoint

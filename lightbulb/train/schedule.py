@@ -33,14 +33,19 @@ class ScheduleConfig(Config):
         return self
 
 
+def decay_start(config: ScheduleConfig, steps: int) -> int:
+    """Steps before the learning rate begins to fall, of a run with so many."""
+    return steps - round(config.decay * steps)
+
+
 def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
     """Fraction of the peak learning rate at ``step`` (counted from 0) of ``steps``."""
-    warmup, decay = round(config.warmup * steps), round(config.decay * steps)
+    warmup, start = round(config.warmup * steps), decay_start(config, steps)
     if step < warmup:
         return (step + 1) / warmup
-    if step < steps - decay:
+    if step < start:
         return 1.0
-    done = (step + 1 - (steps - decay)) / decay
+    done = (step + 1 - start) / (steps - start)
     if config.shape == "exponential":
         return config.final**done
     left = 1.0 - (math.sqrt(done) if config.shape == "one_minus_sqrt" else done)

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lightbulb.config import ConfigError, build_config
@@ -11,7 +12,7 @@ from lightbulb.data.config import DataError
 from lightbulb.data.corpus import Corpus
 from lightbulb.data.loader import TrainLoader
 from lightbulb.train.config import RunConfig
-from lightbulb.train.ledger import LedgerCheck, LedgerError, check_ledger, read_ledger, tokens_hash
+from lightbulb.train.ledger import LedgerCheck, LedgerError, Line, check_ledger, read_ledger, tokens_hash
 from lightbulb.train.manifest import (
     CheckpointError,
     TrainState,
@@ -112,8 +113,10 @@ def _check_ledger(run: Path, state: TrainState) -> LedgerCheck:
     """Up to the newest good checkpoint; what was trained after it is not saved yet."""
     try:
         size = state.config["train"]["global_batch_size"]
-        check = check_ledger(run, state.step, size)
         consumed = 0 if state.is_untrained else state.loader["samples_consumed"]
+        check = check_ledger(
+            run, state.step, size, state.loader.get("groups"), state.loader.get("plain_samples", consumed)
+        )
     except (KeyError, TypeError) as error:
         return LedgerCheck(state.step, problems=[f"{run}: the checkpoint's state lacks {error}"])
     if consumed != state.step * size:
@@ -132,19 +135,44 @@ def _check_data(run: Path, state: TrainState) -> DataReport:
                 report.problems += domain.problems()
                 report.shards += domain.num_shards
         if not report.problems:
-            size = config.train.global_batch_size
-            loader = TrainLoader(config.data, model.context_length, model.vocab_size, config.seed, size, size)
-            loader.load_state_dict(state.loader)
-            _compare_tokens(run, state.step, loader, report)
+            _compare_tokens(run, state.step, open_loader(config, state), report)
     except (ConfigError, DataError, LedgerError) as error:
         report.problems.append(str(error))
     return report
 
 
+def open_loader(config: RunConfig, state: TrainState) -> TrainLoader:
+    """The loader of a run as its checkpoint left it, on one rank.
+
+    Raises:
+        DataError: the corpus is not the one that the run was trained on.
+    """
+    model, size = config.model, config.train.global_batch_size
+    loader = TrainLoader(
+        config.data, model.context_length, model.vocab_size, config.seed, size, size, mixtures=config.mixtures()
+    )
+    loader.load_state_dict(state.loader)
+    return loader
+
+
+def rows_of(line: Line, loader: TrainLoader) -> list[int]:
+    """Rows of the corpus that a line of the ledger names, in the order its tokens are hashed in."""
+    if line.groups is None:
+        return [int(row) for start, stop in line.places for row in loader.row_numbers(start, stop)]
+    names = loader.sequence.names
+    unknown = line.groups.keys() - set(names)
+    if unknown:
+        raise LedgerError(f"step {line.step}: names the group {min(unknown)}, which the corpus does not have")
+    return [
+        int(row)
+        for name in sorted(line.groups)
+        for row in loader.sequence.group_rows(names.index(name), np.arange(*line.groups[name]))
+    ]
+
+
 def _compare_tokens(run: Path, steps: int, loader: TrainLoader, report: DataReport) -> None:
     for path, line in read_ledger(run, steps):
-        rows = [row for start, stop in line.places for row in loader.row_numbers(start, stop)]
-        found = tokens_hash(torch.from_numpy(loader.corpus[int(row)].tokens[:-1]) for row in rows)
+        found = tokens_hash(torch.from_numpy(loader.corpus[row].tokens[:-1]) for row in rows_of(line, loader))
         report.lines += 1
         if found != line.tokens:
             report.problems.append(f"{path}: step {line.step} was trained on other tokens than the corpus holds")

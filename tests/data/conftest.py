@@ -3,7 +3,6 @@
 import random
 import shutil
 import string
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,9 @@ from lightbulb.config import build_config
 from lightbulb.data.config import DataConfig
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.data_prep.pipeline import preprocess
-from lightbulb.data_prep.write import run
-from lightbulb.data_prep.writer import Job, ShardWriter
 
 CONTEXT_LENGTH = 16
 VOCAB_SIZE = 300
-
-
-class InProcessWriter(ShardWriter):
-    def start(self) -> None:
-        pass
-
-    def write(self, job: Job, progress: Callable[[int], None]) -> int:
-        return run(job, progress)
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +33,7 @@ def written_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokenizer": {"vocab_size": VOCAB_SIZE},
         "sources": [{"type": "text", "domain": name, "path": str(folder / name)} for name in ("plain", "poems")],
     }
-    preprocess(build_config(CorpusConfig, values), InProcessWriter())
+    preprocess(build_config(CorpusConfig, values))
     return folder / "corpus"
 
 

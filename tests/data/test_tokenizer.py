@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import resource
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, trainers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from lightbulb.data import tokenizer as tokenizer_module
 from lightbulb.data.tokenizer import EOS, MAX_PART_CHARS, Tokenizer, TokenizerError
@@ -148,3 +152,76 @@ def test_byte_fallback_tokenizer_counts_bytes(tmp_path: Path) -> None:
     [ids] = loaded.encode_batch(["the fox é"])
     assert loaded.decode_bytes(ids) == "the fox é".encode()
     assert loaded.token_bytes()[ids].sum() == len("the fox é".encode())
+
+
+# tiktoken's core in place of the tokenizers library: the same ids, or not at all.
+
+
+def gpt2_like(**changes: object) -> dict:
+    """A byte-level BPE whose pieces are not bounded, as GPT-2's."""
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator([CODE, "aaaa bbbb " * 30, "    " * 50], trainer)
+    return json.loads(inner.to_str()) | changes
+
+
+@given(text=st.text(alphabet=st.one_of(st.sampled_from(list(CODE + EOS)), st.characters(exclude_categories=["Cs"]))))
+def test_equality_of_the_fast_path(tokenizer: Tokenizer, text: str) -> None:
+    for each in (tokenizer, GPT2):
+        assert each.is_fast
+        assert each.encode_batch([text]) == each._encode([text])
+
+
+GPT2 = Tokenizer(json.dumps(gpt2_like()))
+
+
+def test_threads_change_nothing(tokenizer: Tokenizer) -> None:
+    texts = [CODE * (i + 1) for i in range(20)] + [""]
+    one, two = (tokenizer.encode_arrays(texts, threads) for threads in (1, 2))
+    assert all((a == b).all() for a, b in zip(one, two, strict=True))
+    assert len(two[-1]) == 0
+
+
+def reordered() -> dict:
+    """Merges that do not come in the order of their ids."""
+    description = gpt2_like()
+    description["model"]["merges"].reverse()
+    return description
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        gpt2_like(normalizer={"type": "NFC"}),
+        gpt2_like(
+            pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+        ),
+        reordered(),
+    ],
+    ids=["normalizer", "prefix_space", "order"],
+)
+def test_what_is_not_equivalent_is_left_to_the_tokenizers_library(description: dict) -> None:
+    tokenizer = Tokenizer(json.dumps(description))
+    assert not tokenizer.is_fast
+    assert tokenizer.encode_batch([CODE]) == tokenizer._encode([CODE])
+
+
+@pytest.mark.parametrize("letter", ["a", " ", "é", "!"])
+def test_endless_pieces_take_linear_time_and_little_memory(letter: str) -> None:
+    """Fault M33: 8 MB of one letter."""
+    begin, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    [ids] = GPT2.encode_arrays([letter * 8_000_000])
+    assert GPT2.token_bytes()[ids].sum() == 8_000_000 * len(letter.encode())
+    assert time.process_time() - begin < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10
+
+
+def test_unigram_is_lossless_too() -> None:
+    tokenizer = Tokenizer.train([CODE] * 4, 300, method="unigram")
+    assert not tokenizer.is_fast and json.loads(tokenizer._text)["model"]["type"] == "Unigram"
+    for text in [*AWKWARD, CODE, EOS]:
+        [ids] = tokenizer.encode_batch([text])
+        assert tokenizer.decode(ids) == text and tokenizer.eos_id not in ids

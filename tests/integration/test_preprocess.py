@@ -34,12 +34,12 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "corpus.yaml"
 
 
-# Stands still once it holds the folder; the real command is killed at no more than this point.
+# Stands still once it holds the folder.
 HOLDING = """
 import sys, time
-from lightbulb.data_prep.writer import ShardWriter
+from lightbulb.data_prep.work import Work
 from lightbulb.launcher.preprocess import main
-ShardWriter.start = lambda self: time.sleep(60)
+Work.run = lambda self, step: time.sleep(60)
 main(sys.argv[1:])
 """
 
@@ -49,23 +49,23 @@ def start(*command: str) -> subprocess.Popen[str]:
 
 
 def test_killed_then_finished_then_up_to_date(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output, partial = config_file.parent / "corpus", config_file.parent / "corpus.partial"
+    output, work = config_file.parent / "corpus", config_file.parent / "corpus.work"
     killed = start("-c", HOLDING, str(config_file))
-    while not ((partial / ".lock").exists() and (partial / ".lock").read_text()):
+    while not ((work / ".lock").exists() and (work / ".lock").read_text()):
         assert killed.poll() is None
         time.sleep(0.01)
     assert main([str(config_file)]) == 1
-    assert f"corpus.partial: in use by {killed.pid}@" in capsys.readouterr().err
+    assert f"corpus.work: in use by {killed.pid}@" in capsys.readouterr().err
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    assert partial.exists() and not output.exists()
+    assert work.exists() and not output.exists()
 
     finished = start("-m", "lightbulb.launcher.preprocess", str(config_file))
     printed, errors = finished.communicate(timeout=120)
     assert finished.returncode == 0, errors
-    assert "Training tokenizer" in printed and "held_out" in printed
+    assert "Tokenizer" in printed and "held_out" in printed
     assert "dropped 1 not_text from text" in printed and "picture.txt" in printed
-    assert output.exists() and not partial.exists()
+    assert output.exists() and not work.exists()
 
     assert main([str(config_file)]) == 0
     assert "up to date" in capsys.readouterr().out

@@ -29,7 +29,7 @@ def test_resuming_on_other_layouts_continues_the_same_losses(start, run_file, tm
         (["model.vocab_size=100"], 1, ["vocab", "512"]),
         (["model.context_length=64"], 1, ["context_length"]),
         (["model.block_pattern.0.channel.num_experts=3", "parallel.expert=2"], 2, ["num_experts 3", "divisor"]),
-        (["model.block_pattern.0.token.num_kv_heads=1", "parallel.tensor=2"], 2, ["num_kv_heads 1", "divisor"]),
+        (["model.block_pattern.0.token.num_kv_heads=1", "parallel.tensor=2"], 2, ["num_kv_heads 1", "multiple of 2"]),
         (["data.path=/nonexistent/corpus"], 1, ["/nonexistent/corpus", "preprocess"]),
         (["train.global_batch_size=100000", "train.micro_batch_size=1000"], 1, ["too few tokens"]),
     ],

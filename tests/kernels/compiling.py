@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,23 @@ SHARED_LIMIT = 227 * 1024
 
 def compile_all(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the compiler says of each kernel."""
+    compiler = _compiler()
+    assert compiler.stdin is not None and compiler.stdout is not None
+    answers = []
+    for item in kernels:
+        print(json.dumps(item), file=compiler.stdin, flush=True)
+        answer = compiler.stdout.readline()
+        assert answer, f"the compiler's process ended at {item['kernel']}: see its messages"
+        answers.append(json.loads(answer))
+    return answers
+
+
+@cache
+def _compiler() -> subprocess.Popen[str]:
+    """One for all tests of a session, because importing takes longer than compiling; it ends when its input does."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    lines = "\n".join(map(json.dumps, kernels))
-    done = subprocess.run([sys.executable, __file__], input=lines, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=environment)
 
 
 def compile_one(item: dict[str, Any]) -> dict[str, Any]:

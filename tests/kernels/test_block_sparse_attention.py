@@ -333,12 +333,6 @@ def test_benchmark_finds_the_crossing() -> None:
     assert benchmark.crossing([(0.1, 0.9)]) == 0 and benchmark.crossing([(0.1, 2.0)]) == 1
 
 
-def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "Triton" in door.describe()
-    monkeypatch.setenv(choice.VARIABLE, "reference")
-    assert door.describe().endswith("dense masked softmax (LIGHTBULB_KERNELS=reference)")
-
-
 POINTERS = {
     "forward": ("query", "key", "value", "sink", "out"),
     "grad_query": ("query", "key", "value", "out", "grad", "grad_query"),

@@ -9,7 +9,16 @@ from compiling import SHARED_LIMIT, compile_all
 from torch import Tensor
 
 from lightbulb.kernels import choice
-from lightbulb.kernels.linear_recurrence import _Native, _Triton, kernel, linear_recurrence, native, plain, reference
+from lightbulb.kernels.linear_recurrence import (
+    _Native,
+    _Triton,
+    decays,
+    kernel,
+    linear_recurrence,
+    native,
+    plain,
+    reference,
+)
 from lightbulb.kernels.native import is_built
 
 Tier = Callable[..., tuple[Tensor, Tensor]]
@@ -306,7 +315,8 @@ TENSORS = ("a", "b", "c", "x", "entering", "states", "out")
 
 def compiled(name: str, element: str, warps: dict[str, int], constants: dict[str, Any]) -> dict[str, Any]:
     """What the compiler is asked for: 16-byte aligned tensors, as launches have them."""
-    arguments = getattr(kernel, name).arg_names
+    module = decays if name.startswith("decay") else kernel
+    arguments = getattr(module, name).arg_names
     signature = {argument: "i32" for argument in arguments if argument not in constants}
     for argument in signature:
         if argument in TENSORS:
@@ -316,7 +326,7 @@ def compiled(name: str, element: str, warps: dict[str, int], constants: dict[str
         elif argument in POINTERS:
             signature[argument] = POINTERS[argument]
     aligned = [a for a in signature if signature[a].startswith("*") or a[-2:] in ("_b", "_h", "_t")]
-    item = {"kernel": f"lightbulb.kernels.linear_recurrence.kernel:{name}", "signature": signature}
+    item = {"kernel": f"{module.__name__}:{name}", "signature": signature}
     return item | {"constants": constants, "aligned": aligned} | warps
 
 
@@ -338,20 +348,28 @@ def large_kernels(width: int, element: str) -> list[dict[str, Any]]:
     return items
 
 
-@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("width", [128, *(pytest.param(width, marks=pytest.mark.slow) for width in (64, 256))])
 def test_compiles_for_hopper(width: int) -> None:
     for found in compile_all(large_kernels(width, "*bf16")):
         assert "error" not in found and found["shared"] <= SHARED_LIMIT, found
         assert found.get("stack", 0) == 0, found  # registers suffice
 
 
-def test_compiles_for_hopper_in_float32_and_the_small_ones() -> None:
-    items = large_kernels(128, "*fp32")[:2]
-    small = {"HAS_DOCUMENTS": True, "ROWS": 64}
+@pytest.mark.slow
+def test_compiles_for_hopper_in_float32() -> None:
+    check_compiled(large_kernels(128, "*fp32")[:2])
+
+
+def test_the_small_ones_compile_for_hopper() -> None:
+    items, small = [], {"HAS_DOCUMENTS": True, "ROWS": 64}
     for name, constants in (("decay_kernel", small), ("decay_gradient_kernel", small | {"BLOCKS": 16})):
         item = compiled(name, "*fp32", {"warps": 4}, constants)
         floats = ("log_decay", "read", "paired", "written", "pairing", "out")
         item["signature"] |= {a: "*fp32" for a in item["signature"] if a in floats}
         items.append(item)
+    check_compiled(items)
+
+
+def check_compiled(items: list[dict[str, Any]]) -> None:
     for found in compile_all(items):
         assert "error" not in found and found["shared"] <= SHARED_LIMIT, found

@@ -214,5 +214,8 @@ def test_equality_quantising_inside_is_quantising_before(counts: list[int] | Non
 def test_inputs_that_are_not_finite_spoil_their_token_only(value: float, norm_eps: float | None) -> None:
     x = inputs(torch.float32, 6, 30)
     x[2, 7] = value
-    found = ternary_linear(x, quantisation(8, norm_eps, False), interleave(weight_of(whole(-1, 1, 9, 30), "2bit")))
+    weight = interleave(weight_of(whole(-1, 1, 9, 30), "2bit"))
+    if value != value:
+        assert ternary_linear(x, quantisation(8, None, True), weight)[2].isnan().all()
+    found = ternary_linear(x, quantisation(8, norm_eps, False), weight)
     assert found[2].isnan().all() and found[[0, 1, 3, 4, 5]].isfinite().all()

@@ -1,11 +1,16 @@
 """The ternary products' Triton kernels: codes bit for bit, products exact, gradients those of fake quantisation."""
 
+from typing import Any
+
 import pytest
 import torch
 from compiling import SHARED_LIMIT, compile_all
 from torch import Tensor
 
-from lightbulb.kernels.ternary_matmul import kernel
+from lightbulb.kernels import ternary_matmul
+from lightbulb.kernels.ternary_matmul import kernel, reference
+from lightbulb.kernels.ternary_matmul.packing import FORMATS, TernaryWeight, interleave, pack_codes
+from lightbulb.kernels.ternary_matmul.quantise import Quantisation
 from lightbulb.nn import lowbit
 from lightbulb.nn.groups import SINGLE
 
@@ -197,6 +202,59 @@ def test_tiles_change_no_bit(tile: kernel.Tile, device: torch.device, monkeypatc
     monkeypatch.setattr(kernel, "tile_of", lambda rows, outputs: tile)
     y = kernel.multiply(found, packed_of(weight), scale, torch.float32)
     assert torch.equal(y, exact(in_order(found, 270), weight, scale, found.scale))
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """The door takes Triton for tensors of any device: without a GPU, in the interpreter."""
+    if device.type == "cpu":
+        monkeypatch.setattr(ternary_matmul, "takes_native", lambda *tensors: False)
+        monkeypatch.setattr(ternary_matmul, "takes_triton", lambda *tensors: tensors[-1].dtype != torch.float64)
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("scale_of_tokens", [0.25, None], ids=["number", "each"])
+@pytest.mark.parametrize("counts", [None, [3, 0, 6]], ids=str)
+def test_packed_weights(counts: list[int] | None, scale_of_tokens: float | None, device: torch.device) -> None:
+    """Codes of others by packed weights, those that were interleaved for a CPU too; base 3 takes torch."""
+    codes = torch.randint(-127, 128, (9, 61), generator=torch.Generator().manual_seed(0)).to(device, torch.int8)
+    weights = ternary(3, 18, 61, device=device) if counts else ternary(18, 61, device=device)
+    scale = torch.tensor([[1.0, 0.5], [2.0, 0.0], [0.25, 4.0]] if counts else [0.5, 2.0], device=device)
+    each = scale_of_tokens or torch.linspace(-2, 2, 9, device=device)[:, None]
+    for form in FORMATS:
+        rows = TernaryWeight(pack_codes(weights, form), scale, 61, form)
+        wanted = reference.ternary_matmul(codes, each, rows, counts)
+        for weight in (rows, ternary_matmul.made_ready(interleave(rows))):
+            assert not weight.interleaved
+            found = ternary_matmul.ternary_matmul(codes, each, weight, counts)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, wanted, rtol=2e-7, atol=0)
+    assert torch.equal(packed_of(weights), pack_codes(weights, "2bit")), "training packs as files do"
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("how", [PLAIN, (127, 126.99, 1e-8, 1e-6), (127, 0.0, 0.0, None, True)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_layers(dtype: torch.dtype, how: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs, whose rows lie apart or transposed, are quantised on the way; the plain form gives the same."""
+    how, counts = Quantisation(*how), [4, 0, 3]
+    weight = TernaryWeight(
+        pack_codes(ternary(3, 20, 37, device=device), "2bit"), torch.ones(3, 1).to(device), 37, "2bit"
+    )
+    x = tokens(7, 37, dtype, device) if not how.is_bounded else tokens(7, 37, dtype, device).sigmoid()
+    x[5, 30] = float("nan")
+    given = [x, x.t().contiguous().t()]
+    launches: list[Any] = []
+    multiply = kernel.multiply
+    monkeypatch.setattr(kernel, "multiply", lambda *a: launches.append(a) or multiply(*a))
+    found = [ternary_matmul.ternary_linear(each, how, weight, counts) for each in given]
+    assert len(launches) == 2 and found[0].dtype == dtype and found[0][5].isnan().all()
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+    monkeypatch.setattr(ternary_matmul, "takes_triton", lambda *tensors: False)
+    wanted = ternary_matmul.ternary_linear(x, how, weight, counts)
+    assert len(launches) == 2
+    cuts = dtype == torch.bfloat16 and device.type == "cpu"  # as above
+    torch.testing.assert_close(found[0], wanted, rtol=2**-7 if cuts else 1e-6, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif("not config.getoption('--device').startswith('cuda')", reason="the interpreter has no assembly")

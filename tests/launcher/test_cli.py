@@ -69,10 +69,9 @@ def test_a_missing_package_is_one_line_and_a_missing_module_of_ours_is_not_hidde
 
 def test_verify_says_when_there_is_nothing_to_check(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert cli.main(["verify", str(tmp_path)]) == 1
-    assert (
-        capsys.readouterr().err
-        == f"error: {tmp_path}: has no checkpoint; name the folder of a run that has saved one\n"
-    )
+    # torch may say something of its own when it is imported
+    message = f"error: {tmp_path}: has no checkpoint; name the folder of a run that has saved one\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
@@ -126,11 +125,11 @@ def generate_command(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespac
     class CheckpointError(RuntimeError):
         pass
 
-    def load_model_for_inference(run: Path) -> tuple[nn.Module, ByteTokenizer, None]:
+    def load_model_for_inference(run: Path) -> tuple[nn.Module, ByteTokenizer, SimpleNamespace]:
         held.calls.append(run)
         if not run.is_dir():
             raise CheckpointError(f"{run}: not a run folder (it has no config.yaml); name one that pretrain wrote")
-        return held.model, ByteTokenizer(), None
+        return held.model, ByteTokenizer(), SimpleNamespace(train=SimpleNamespace(kernels="auto"))
 
     checkpoint = ModuleType("lightbulb.train.checkpoint")
     checkpoint.CheckpointError = CheckpointError  # type: ignore[attr-defined]

@@ -19,7 +19,8 @@ MODEL: dict[str, Any] = {
     "dropout": 0.1,
     "block_pattern": [
         {
-            "token": {"type": "attention", "num_heads": 4},
+            # With a sink a mixer keeps its probabilities; plain causal attention keeps next to nothing anyway.
+            "token": {"type": "attention", "num_heads": 4, "sink": "learned"},
             "channel": {"type": "switch", "num_experts": 4, "hidden_dim": 32, "router": {"jitter": 0.1}},
         }
     ],

@@ -10,7 +10,7 @@ from lightbulb.train.ledger import Ledger, LedgerError, check_ledger, read_ledge
 
 def batch(*ids):
     tokens = torch.tensor(ids)[:, None] * 10 + torch.arange(4)
-    return Batch(tokens, tokens, None, torch.tensor(ids))
+    return Batch(tokens, tokens, None, torch.tensor(ids), torch.zeros(len(ids), dtype=torch.int64))
 
 
 def train(run, steps, ranks, size=8):

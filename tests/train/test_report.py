@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightbulb.train.metrics import MetricsWriter
 from lightbulb.train.report import _binned, _smooth, write_report
@@ -138,3 +139,24 @@ def test_long_curves_are_binned_by_their_means():
     assert len(bins) == 1334
     np.testing.assert_allclose(bins[:2], [1, 4])
     assert _binned(np.ones((3100, 2))).shape == (1034, 2)
+
+
+def test_domains_have_a_table_and_a_curve_each(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    with MetricsWriter(run, 40, log_every=1000) as writer:
+        counts = {"code": 3000, "a <b>": 1000}
+        tokens = {"domain_tokens": counts, "group_epochs": {"code/cluster-00": 1.25, "a <b>": 0.5}}
+        writer.write({"kind": "train", "step": 31, "tokens": 4000, "loss": 1.0, "lr": 1e-3, **tokens})
+        for step in (10, 31):
+            by_domain = {"domain_loss": {"code": 2.5, "a <b>": None}, "domain_bpb": {"code": 1.75, "a <b>": None}}
+            writer.write({"kind": "eval", "step": step, "held_out_loss": 2.0, "held_out_bpb": 1.5, **by_domain})
+    (run / "summary.json").write_text(json.dumps({"domain_tokens": counts, "steps": 31}))
+    page = Page(write_report(run))
+    assert "|code|3,000|75.0%|2.5|1.75|" in page.rows()
+    assert "|a <b>|1,000|25.0%|not known|not known|" in page.rows()
+    assert "Epochs: code/cluster-00 1.25, a <b> 0.5." in page.rows()
+    assert "domain_tokens.code" not in page.rows()
+    assert (run / "domains.png").read_bytes().startswith(PNG) and len(page.images) == 4
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.value for event in board.Scalars("domain_bpb/code")] == [1.75, 1.75]
+    assert board.Scalars("group_epochs/code/cluster-00")[0].value == 1.25

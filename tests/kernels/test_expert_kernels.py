@@ -8,7 +8,7 @@ from compiling import SHARED_LIMIT, compile_all
 from torch import Tensor
 
 from lightbulb.kernels import choice, experts
-from lightbulb.kernels.experts import fused, grouped, kernel, merged, native, permute, reference, row_kernel
+from lightbulb.kernels.experts import fused, grouped, kernel, merged, permute, reference, row_kernel
 from lightbulb.kernels.experts.schedule import TABLE, row_tile, schedule
 from lightbulb.kernels.native import is_built
 
@@ -256,21 +256,6 @@ def test_native_rows_do_not_depend_on_threads(with_threads: Callable[[int], None
         with_threads(threads)
         found.append(results(permute.weighted_sum, inputs, order, inverse))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-@NEEDS_NATIVE
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("width", [1, 19, 520])
-def test_native_swiglu_grad(width: int, dtype: torch.dtype) -> None:
-    cpu = torch.device("cpu")
-    inner, grad = draw(5, 2 * width + 3, dtype=dtype, device=cpu).mul_(4), draw(5, width, dtype=dtype, device=cpu)
-    inner = inner[:, : 2 * width]  # rows lie apart
-    gate, up = (t.double().requires_grad_() for t in inner.chunk(2, dim=1))
-    hidden = gate * gate.sigmoid() * up
-    wanted = torch.cat(torch.autograd.grad(hidden, (gate, up), grad.double()), 1)
-    found, place = torch.full((5, 2 * width), float("nan"), dtype=dtype), grad.clone()
-    native.swiglu_grad_(inner, place, found)
-    check([found, place], [wanted, hidden.detach()], {torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *BOUNDS], ids=str)

@@ -100,6 +100,21 @@ def test_the_receipt(run: Path, packed: Path) -> None:
     assert found["bytes_after"] <= found["bytes_before"] / 7
     assert found["tokens"] == 32 and found["same_choices"] == 1.0
     assert 0 <= found["greatest_difference"] < 0.05
+    assert 0 < found["greatest_rounding"] < 2e-6
+
+
+def test_a_layer_that_is_not_exact_is_not_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A thousandth too large, which the logits let through."""
+    multiply = PackedLinear.multiply
+
+    def careless(self: PackedLinear, x: torch.Tensor, counts: list[int] | None = None) -> torch.Tensor:
+        return multiply(self, x, counts) * 1.001
+
+    monkeypatch.setattr(PackedLinear, "multiply", careless)
+    assert pack.main([str(run), str(tmp_path / "out")]) == 1
+    assert "more than rounding" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.yaml", "tokenizer.json", "packed.json"])

@@ -1,0 +1,126 @@
+"""Looking at a corpus: its manifest as tables, documents as they were written, histograms as a picture."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from lightbulb.data.tokenizer import Tokenizer
+from lightbulb.data_prep.counts import CorpusError
+from lightbulb.data_prep.lineage import DOCUMENTS_NAME, LINEAGE_FOLDER
+from lightbulb.data_prep.manifest import MANIFEST_NAME, read_manifest
+from lightbulb.data_prep.mds import ShardFormat
+from lightbulb.data_prep.pack import PADDING_DOCUMENT
+from lightbulb.data_prep.tokenise import TOKENIZER_NAME, token_dtype
+from lightbulb.folder import explained
+
+
+class Sample(NamedTuple):
+    """A piece of a document as it stands in a row."""
+
+    place: str
+    tokens: int
+    text: str
+
+
+def open_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a corpus.
+
+    Raises:
+        CorpusError: the folder holds none.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise CorpusError(f"{folder / MANIFEST_NAME}: missing, or of another version; write it with preprocess")
+    return manifest
+
+
+def tables(manifest: dict[str, Any]) -> Iterator[Table]:
+    """Sources, what was dropped from them, and the groups of each split."""
+    sources = _table("source", "documents", "MB", "repaired", "dropped")
+    for entry in manifest["sources"]:
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in entry["dropped"].items())
+        repaired = ", ".join(f"{count:,} {reason}" for reason, count in entry["repaired"].items())
+        sources.add_row(
+            entry["source"], f"{entry['documents']:,}", f"{entry['bytes'] / 1e6:.2f}", repaired or "-", dropped or "-"
+        )
+    yield sources
+    groups = _table("split", "group", "documents", "MB", "tokens", "share", "rows", "bytes/token")
+    for split, entries in manifest["splits"].items():
+        total = sum(entry["tokens"] for entry in entries.values())
+        for name, entry in entries.items():
+            groups.add_row(
+                split,
+                name,
+                f"{entry['documents']:,}",
+                f"{entry['bytes'] / 1e6:.2f}",
+                f"{entry['tokens']:,}",
+                f"{entry['tokens'] / max(1, total):.1%}",
+                f"{entry['rows']:,}",
+                f"{entry['bytes_per_token']:.3f}",
+            )
+    yield groups
+
+
+def _table(*columns: str) -> Table:
+    table = Table(*columns)
+    for column in table.columns[1:]:
+        column.justify = "right" if column.header not in ("group", "repaired", "dropped") else "left"
+    return table
+
+
+def samples(folder: Path, manifest: dict[str, Any], split: str, count: int, seed: int) -> list[Sample]:
+    """Pieces of documents from rows drawn by seed, decoded.
+
+    Raises:
+        CorpusError: the split has no rows.
+    """
+    groups = manifest["splits"].get(split, {})
+    ends = np.cumsum([entry["rows"] for entry in groups.values()])
+    if not len(ends):
+        raise CorpusError(f"{folder}: split {split!r} has no rows; it has {', '.join(manifest['splits'])}")
+    tokenizer = Tokenizer.load(folder / TOKENIZER_NAME, manifest["config"]["tokenizer"]["eos"])
+    length = manifest["context_length"] + 1
+    shards = ShardFormat(length, token_dtype(manifest["tokenizer"]["vocab_size"]), manifest["config"]["shard_bytes"])
+    generator = np.random.default_rng(seed)
+    found = []
+    for place in np.sort(generator.choice(ends[-1], min(count, int(ends[-1])), replace=False)):
+        group = int(np.searchsorted(ends, place, side="right"))
+        name, number = list(groups)[group], int(place - (ends[group - 1] if group else 0))
+        shard, row = divmod(number, shards.rows_per_shard)
+        content = shards.read(folder / split / name / groups[name]["shards"][shard]["basename"], row)
+        pieces = np.unique(content["document_ids"][content["document_ids"] != PADDING_DOCUMENT])
+        ids = content["tokens"][content["document_ids"] == generator.choice(pieces)].tolist()
+        found.append(Sample(f"{split}/{name} row {number}", len(ids), tokenizer.decode(ids)))
+    return found
+
+
+def draw(folder: Path, path: Path) -> None:
+    """Histograms of the documents' lengths and of the domains, as a PNG.
+
+    Raises:
+        FolderError: the picture cannot be written.
+    """
+    table = pq.read_table(folder / LINEAGE_FOLDER / DOCUMENTS_NAME, columns=["domain", "split", "tokens"])
+    is_kept = np.array(table["split"].is_valid())
+    tokens = table["tokens"].to_numpy()[is_kept].astype(np.int64)
+    domains, domain_of = np.unique(table["domain"].to_numpy(zero_copy_only=False)[is_kept], return_inverse=True)
+    figure = Figure(figsize=(11, 1.5 + max(3.5, 0.25 * len(domains))), layout="constrained")
+    lengths, totals = figure.subplots(1, 2)
+    bins = np.geomspace(1, max(2, tokens.max(initial=1)), 60)
+    order = np.argsort([-tokens[domain_of == i].sum() for i in range(len(domains))], kind="stable")
+    for i in order[:10]:
+        lengths.hist(tokens[domain_of == i], bins=bins, histtype="step", label=domains[i])
+    lengths.set(xscale="log", xlabel="tokens of a document", ylabel="documents", title="Lengths")
+    lengths.legend(fontsize="small")
+    sums = np.array([tokens[domain_of == i].sum() for i in order])
+    totals.barh(np.arange(len(order)), sums)
+    totals.set_yticks(np.arange(len(order)), [domains[i] for i in order])
+    totals.invert_yaxis()
+    totals.set(xlabel="tokens", title="Domains")
+    with explained(path):
+        figure.savefig(path, dpi=120, format="png")
