@@ -12,8 +12,6 @@ from lightbulb.config import ConfigError, build_config
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.data_prep.pipeline import preprocess
-from lightbulb.data_prep.write import run
-from lightbulb.data_prep.writer import ShardWriter
 from lightbulb.experts.cluster_text import contexts_of
 from lightbulb.experts.receipt import RECEIPT, read_receipt, watching_routers
 from lightbulb.experts.router_start import balanced
@@ -22,14 +20,6 @@ from lightbulb.experts.upcycle_config import SourceConfig, UpcycleConfig
 
 SIGNS = ["0123456789 ", "abcdefgh ", "QRSTUVWX "]
 WIDE = MODEL | {"vocab_size": 300, "dim": 32}
-
-
-class InProcessWriter(ShardWriter):
-    def start(self):
-        pass
-
-    def write(self, job, progress):
-        return run(job, progress)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +39,7 @@ def domains(tmp_path_factory) -> list[Path]:
             "tokenizer": {"path": str(folder / "tokenizer.json")},
             "sources": [{"type": "text", "domain": "all", "path": str(folder / f"text-{number}")}],
         }
-        preprocess(build_config(CorpusConfig, values), InProcessWriter())
+        preprocess(build_config(CorpusConfig, values))
         corpora.append(folder / f"corpus-{number}")
     return corpora
 
