@@ -67,6 +67,7 @@ def main() -> None:
     """Measure everything, print a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here too")
     parser.add_argument("--corpora", type=Path, help="folder of real texts for the claims about clusters")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="documents of the growth measurement")
     options = parser.parse_args()
@@ -86,6 +87,8 @@ def main() -> None:
             result |= found
             if not options.json:
                 print("\n".join(f"{key:>32}  {value}" for key, value in found.items()), flush=True)
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 
