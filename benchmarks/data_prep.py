@@ -161,14 +161,17 @@ def tokenising(config: CorpusConfig, folder: Path) -> dict[str, Any]:
     plain = PlainTokenizer.from_file(str(tokenizer))
     counted = []
 
+    with Progress(disable=True) as progress:
+        ready = _work(folder / "texts", progress)
+        documents = Documents(ready.run(_reading(config)))
+        split = ready.run(Split(documents, (), config.held_out_fraction))
+        made = ready.run(MakeTokenizer(config.tokenizer.model_copy(update={"path": tokenizer}), documents, split))
+    plan = config.pack.model_copy(update={"method": "concatenate"})
+
     def ours() -> None:
         with tempfile.TemporaryDirectory() as place, Progress(disable=True) as progress:
             work = _work(Path(place), progress)
-            documents = Documents(_work(folder / "texts", progress).run(_reading(config)))
-            split = work.run(Split(documents, (), config.held_out_fraction))
-            made = work.run(MakeTokenizer(config.tokenizer.model_copy(update={"path": tokenizer}), documents, split))
             tokens = work.run(Tokenise(documents, split, made, None))
-            plan = config.pack.model_copy(update={"method": "concatenate"})
             packed = work.run(Pack(documents, split, tokens, None, None, plan, config.context_length, config.seed))
             eos = made.reports[0]["eos_id"]
             work.run(Write(packed, tokens, config.context_length, config.shard_bytes, eos))
