@@ -67,6 +67,7 @@ def main() -> None:
     """Measure everything, print a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here too")
     parser.add_argument("--corpora", type=Path, help="folder of real texts for the claims about clusters")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="documents of the growth measurement")
     options = parser.parse_args()
@@ -86,6 +87,8 @@ def main() -> None:
             result |= found
             if not options.json:
                 print("\n".join(f"{key:>32}  {value}" for key, value in found.items()), flush=True)
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 
@@ -158,14 +161,17 @@ def tokenising(config: CorpusConfig, folder: Path) -> dict[str, Any]:
     plain = PlainTokenizer.from_file(str(tokenizer))
     counted = []
 
+    with Progress(disable=True) as progress:
+        ready = _work(folder / "texts", progress)
+        documents = Documents(ready.run(_reading(config)))
+        split = ready.run(Split(documents, (), config.held_out_fraction))
+        made = ready.run(MakeTokenizer(config.tokenizer.model_copy(update={"path": tokenizer}), documents, split))
+    plan = config.pack.model_copy(update={"method": "concatenate"})
+
     def ours() -> None:
         with tempfile.TemporaryDirectory() as place, Progress(disable=True) as progress:
             work = _work(Path(place), progress)
-            documents = Documents(_work(folder / "texts", progress).run(_reading(config)))
-            split = work.run(Split(documents, (), config.held_out_fraction))
-            made = work.run(MakeTokenizer(config.tokenizer.model_copy(update={"path": tokenizer}), documents, split))
             tokens = work.run(Tokenise(documents, split, made, None))
-            plan = config.pack.model_copy(update={"method": "concatenate"})
             packed = work.run(Pack(documents, split, tokens, None, None, plan, config.context_length, config.seed))
             eos = made.reports[0]["eos_id"]
             work.run(Write(packed, tokens, config.context_length, config.shard_bytes, eos))
