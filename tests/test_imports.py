@@ -20,8 +20,10 @@ LEVELS = [
     ("mixers",),
     ("models",),
     ("modifiers", "data", "objectives", "parallel"),
+    ("data_prep",),
     ("train", "inference"),
-    ("experts", "agents", "evaluation", "planning", "data_prep"),
+    ("experts", "agents", "evaluation", "planning"),
+    ("recipes",),
     ("launcher",),
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
