@@ -180,13 +180,21 @@ def _comparison_text(merge: Merge) -> Text:
 def _cluster_texts(merge: Merge) -> list[list[list[int]]]:
     """Contexts of each cluster: the sources' domains, or the clusters of one source's copies."""
     config = merge.config
-    runs = [source.config.data.path if isinstance(source, RunSource) else None for source in merge.sources]
+    runs = [source.config.data if isinstance(source, RunSource) else None for source in merge.sources]
     clusters = config.clusters or config.sources
-    owns = [None] * len(clusters) if config.clusters else runs
+    owns = runs * len(clusters) if config.clusters else runs
     tokenizer, tokens = merge.sources[0].tokenizer_path, config.router_start.tokens
-    return [
+    texts = [
         contexts_of(cluster, own, tokenizer, merge.dense, tokens) for cluster, own in zip(clusters, owns, strict=True)
     ]
+    for number, text in enumerate(texts):
+        if text in texts[:number]:
+            field = "clusters" if config.clusters else "sources"
+            raise ConfigError(
+                f"{field}.{number} has the same text as {field}.{texts.index(text)}, routers cannot tell them apart; "
+                "give each text, prompts, or a mixture of its own clusters, or set router_start.kind: random"
+            )
+    return texts
 
 
 def _notes(merge: Merge, reference: Reference, routers: dict[str, RouterRecord]) -> list[str]:

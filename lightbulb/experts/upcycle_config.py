@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lightbulb.config import Config, ConfigError, build_config, load_config, parse_override, read_yaml
-from lightbulb.data.config import DataConfig
+from lightbulb.data.config import DataConfig, Mixture
 from lightbulb.routing.router import RouterConfig
 from lightbulb.train.config import TrainConfig
 
@@ -37,6 +37,8 @@ class SourceConfig(Config):
     """Weight in the average of what is shared, such as the tokens it was trained on; all sources have one or none."""
     text: Path | None = None
     """Corpus folder of its domain, for learned routers; None for the one it was trained on."""
+    mixture: Mixture | None = None
+    """Which domains or clusters of that corpus; None for those its own run began with, of `text` for all."""
     prompts: list[str] = []
     """Texts of its domain, in place of a corpus."""
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from dense_runs import MODEL, make_run, model_of, tensor
 
-from lightbulb.config import ConfigError, build_config
+from lightbulb.config import ConfigError, build_config, read_yaml, save_config
+from lightbulb.data.config import MixtureConfig
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.data_prep.pipeline import preprocess
@@ -17,6 +18,8 @@ from lightbulb.experts.receipt import RECEIPT, read_receipt, watching_routers
 from lightbulb.experts.router_start import balanced
 from lightbulb.experts.upcycle import upcycle
 from lightbulb.experts.upcycle_config import SourceConfig, UpcycleConfig
+from lightbulb.models.language import LanguageConfig
+from lightbulb.train.config import RunConfig
 
 SIGNS = ["0123456789 ", "abcdefgh ", "QRSTUVWX "]
 WIDE = MODEL | {"vocab_size": 300, "dim": 32}
@@ -162,3 +165,60 @@ def test_balanced_rows_spread_tokens_that_all_chose_one_expert(experts, top_k):
     assert 0.5 / experts < after.min() <= after.max() < 1.5 / experts
     shift = balanced(rows, x, weights, top_k, 1e-2) - rows
     assert torch.linalg.matrix_rank(shift) == 1  # of one direction: what makes experts differ is as it was
+
+
+@pytest.fixture(scope="module")
+def clustered(domains, tmp_path_factory) -> Path:
+    """The three domains in one corpus."""
+    folder = tmp_path_factory.mktemp("clustered")
+    texts = [
+        {"type": "text", "domain": f"d{i}", "path": str(path.parent / f"text-{i}")} for i, path in enumerate(domains)
+    ]
+    values = {
+        "output": str(folder / "corpus"), "context_length": WIDE["context_length"], "held_out_fraction": 0.2,
+        "tokenizer": {"path": str(domains[0] / "tokenizer.json")}, "sources": texts,
+    }  # fmt: skip
+    preprocess(build_config(CorpusConfig, values))
+    return folder / "corpus"
+
+
+def one_domain(number: int) -> dict:
+    return {"mixture": {"weights": {f"d{number}": 1}}}
+
+
+def test_a_source_may_be_one_cluster_of_a_corpus(tmp_path, domains, clustered):
+    """Branches of one corpus: each has the text of its own mixture, as if that were a corpus."""
+    sources = [
+        source | {"text": str(clustered)} | one_domain(i) for i, source in enumerate(branches(tmp_path, domains))
+    ]
+    out = mixed(tmp_path, sources, "closed_form")
+    for loads in loads_by_domain(out, domains).values():
+        assert loads.diagonal().mean() > 0.85
+
+
+def test_a_branch_has_the_text_of_its_own_runs_mixture(tmp_path, domains, clustered):
+    sources = branches(tmp_path, domains)
+    for number, source in enumerate(sources):
+        del source["text"]
+        file = Path(source["path"]) / "config.yaml"
+        values = read_yaml(file) | {"data": {"path": str(clustered)} | one_domain(number)}
+        save_config(build_config(RunConfig, values), file)
+    out = mixed(tmp_path, sources, "closed_form")
+    for loads in loads_by_domain(out, domains).values():
+        assert loads.diagonal().mean() > 0.85
+
+
+def test_shares_of_a_mixture_are_kept(domains, clustered):
+    tokenizer, model = Tokenizer.load(clustered / "tokenizer.json"), build_config(LanguageConfig, WIDE)
+    source = SourceConfig(path=clustered, text=clustered, mixture=MixtureConfig(weights={"d0": 3, "d2": 1}))
+    contexts = contexts_of(source, None, clustered / "tokenizer.json", model, 20 * WIDE["context_length"])
+    letters = tokenizer.decode([i for ids in contexts for i in ids])
+    counts = [sum(letter in signs.strip() for letter in letters) for signs in SIGNS]
+    assert len(contexts) == 20 and len(set(map(tuple, contexts))) == 20
+    assert counts[1] == 0 and counts[0] / counts[2] == pytest.approx(3, rel=0.25)
+
+
+def test_sources_with_the_same_text_are_refused(tmp_path, domains):
+    sources = [source | {"text": str(domains[0])} for source in branches(tmp_path, domains)]
+    with pytest.raises(ConfigError, match=r"sources\.1 has the same text as sources\.0"):
+        mixed(tmp_path, sources, "centroid")
