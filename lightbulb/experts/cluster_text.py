@@ -53,11 +53,11 @@ def _rows(corpus: Corpus, mixture: MixtureConfig, model: LanguageConfig, tokens:
     # the i-th of n rows is that of the group in whose part of [0, 1) the middle of the i-th n-th lies, and as far in it
     middles, ends = (np.arange(count) + 0.5) / count, np.cumsum(resolve(mixture, corpus.groups).weights)
     groups = np.searchsorted(ends / ends[-1], middles, side="right")
-    shards, begins, found = list(corpus.domains.values()), np.r_[0.0, ends / ends[-1]], []
-    for group, middle in zip(groups.tolist(), middles.tolist(), strict=True):
-        rows = shards[group]
-        place = (middle - begins[group]) / (begins[group + 1] - begins[group])
-        found.append(rows[min(int(place * len(rows)), len(rows) - 1)])
+    shards, begins = list(corpus.domains.values()), np.r_[0.0, ends / ends[-1]]
+    sizes = np.array([len(rows) for rows in shards])[groups]
+    places = np.minimum((middles - begins[groups]) / np.diff(begins)[groups] * sizes, sizes - 1).astype(int)
+    chosen = dict.fromkeys(zip(groups.tolist(), places.tolist(), strict=True))  # no row of a few twice
+    found = [shards[group][place] for group, place in chosen]
     return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents in found]
 
 
