@@ -23,7 +23,7 @@ def cleaned(document: Document, config: CleanConfig, counts: Counts) -> Document
     text = document.text
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         if config.encoding == "drop":
-            counts.drop("not_text", document.path)
+            counts.drop("not_text", document.path, document.text)
             return None
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if config.controls == "strip":
@@ -32,7 +32,7 @@ def cleaned(document: Document, config: CleanConfig, counts: Counts) -> Document
         text = stripped
     reason = _reason(text, config)
     if reason is not None:
-        counts.drop(reason, document.path)
+        counts.drop(reason, document.path, text)
         return None
     return document if text is document.text else document._replace(text=text)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from lightbulb.data.tokenizer import Tokenizer
@@ -17,6 +18,9 @@ from lightbulb.data_prep.mds import ShardFormat
 from lightbulb.data_prep.pack import PADDING_DOCUMENT
 from lightbulb.data_prep.tokenise import TOKENIZER_NAME, token_dtype
 from lightbulb.folder import explained
+
+LEFT = ("group", "repaired", "dropped", "words", "nearest")
+"""Columns of text; the others hold numbers."""
 
 
 class Sample(NamedTuple):
@@ -40,7 +44,7 @@ def open_manifest(folder: Path) -> dict[str, Any]:
 
 
 def tables(manifest: dict[str, Any]) -> Iterator[Table]:
-    """Sources, what was dropped from them, and the groups of each split."""
+    """Sources, what was dropped from them, with examples; the groups of each split; clusters and order, if any."""
     sources = _table("source", "documents", "MB", "repaired", "dropped")
     for entry in manifest["sources"]:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in entry["dropped"].items())
@@ -49,6 +53,8 @@ def tables(manifest: dict[str, Any]) -> Iterator[Table]:
             entry["source"], f"{entry['documents']:,}", f"{entry['bytes'] / 1e6:.2f}", repaired or "-", dropped or "-"
         )
     yield sources
+    if (examples := _examples(manifest)).rows:
+        yield examples
     groups = _table("split", "group", "documents", "MB", "tokens", "share", "rows", "bytes/token")
     for split, entries in manifest["splits"].items():
         total = sum(entry["tokens"] for entry in entries.values())
@@ -64,12 +70,46 @@ def tables(manifest: dict[str, Any]) -> Iterator[Table]:
                 f"{entry['bytes_per_token']:.3f}",
             )
     yield groups
+    if clusters := manifest.get("clusters"):
+        yield _clusters(clusters)
+    if order := manifest.get("order"):
+        table = _table("order", "similarity of neighbours")
+        for name, value in order.items():
+            table.add_row(name.removesuffix("_similarity"), f"{value:.4f}")
+        yield table
+
+
+def _examples(manifest: dict[str, Any]) -> Table:
+    """Some dropped documents, and what each was dropped for: the one that stays, its share, or how it begins."""
+    table = Table("dropped", "source", "path", "because")
+    for entry in manifest["sources"]:
+        for reason, examples in entry.get("examples", {}).items():
+            for example in examples:
+                if "kept" in example:
+                    because = f"like {example['kept']}"
+                elif "share" in example:
+                    because = f"shares {example['share']:.1%} with evaluation texts"
+                else:
+                    because = example["text"]
+                table.add_row(*map(escape, (reason, entry["domain"], example["path"], because)))
+    return table
+
+
+def _clusters(clusters: list[dict[str, Any]]) -> Table:
+    """What is in each cluster."""
+    table = _table("cluster", "documents", "similarity", "words", "nearest")
+    for number, entry in enumerate(clusters):
+        words, nearest = " ".join(entry["words"]) or "-", "\n".join(entry["nearest"])
+        table.add_row(
+            str(number), f"{entry['documents']:,}", f"{entry['similarity']:.3f}", escape(words), escape(nearest)
+        )
+    return table
 
 
 def _table(*columns: str) -> Table:
     table = Table(*columns)
     for column in table.columns[1:]:
-        column.justify = "right" if column.header not in ("group", "repaired", "dropped") else "left"
+        column.justify = "right" if column.header not in LEFT else "left"
     return table
 
 

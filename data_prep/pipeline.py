@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.progress import Progress
 
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.config import CorpusConfig
-from lightbulb.data_prep.counts import CorpusError, Counts
-from lightbulb.data_prep.decontaminate import Contaminated
-from lightbulb.data_prep.deduplicate import ExactDuplicates, NearDuplicates, Signatures
-from lightbulb.data_prep.documents import Documents, dropped, kept
+from lightbulb.data_prep.counts import EXAMPLES, CorpusError, Counts
+from lightbulb.data_prep.decontaminate import SHARES_NAME, Contaminated
+from lightbulb.data_prep.deduplicate import KEPT_NAME, ExactDuplicates, NearDuplicates, Signatures
+from lightbulb.data_prep.documents import DROPPED_NAME, Documents, dropped, kept
 from lightbulb.data_prep.embed import model_digest
 from lightbulb.data_prep.ingest import Input, Read, inputs_digest, inputs_of, source_counts
 from lightbulb.data_prep.lineage import LINEAGE_FOLDER, Lineage
@@ -93,12 +94,28 @@ class _Drops:
         for source in set(sources.tolist()):
             of_source = numbers[sources == source]
             (first,) = self.documents.find([int(of_source[0])])
-            counts[source].drop(reason, first.path)
-            counts[source].dropped[reason] += len(of_source) - 1
+            counts[source].dropped[reason] += len(of_source)
+            counts[source].first_dropped[reason] = first.path
+            counts[source].examples[reason] = self._examples(output, of_source)
             size = int(self.documents.index["bytes"][of_source].astype(int).sum())
             counts[source].documents -= len(of_source)
             counts[source].bytes -= size
         self.named.append((reason, output))
+
+    def _examples(self, output: Output, numbers: np.ndarray) -> list[dict[str, Any]]:
+        """Some of a source's documents that a step dropped: the first with those that stay for them, or those that
+        share most with evaluation texts."""
+        more: list[dict[str, Any]]
+        if (shares := _beside(output, SHARES_NAME, numbers)) is not None:
+            most = np.argsort(-shares, kind="stable")[:EXAMPLES]
+            numbers, more = numbers[most], [{"share": share} for share in shares[most].tolist()]
+        else:
+            numbers = numbers[:EXAMPLES]
+            stay = _beside(output, KEPT_NAME, numbers)
+            assert stay is not None, "a step that drops documents says why"
+            more = [{"kept": document.path} for document in self.documents.find(stay.tolist())]
+        paths = [document.path for document in self.documents.find(numbers.tolist())]
+        return [{"path": path} | about for path, about in zip(paths, more, strict=True)]
 
     @property
     def outputs(self) -> list[Output]:
@@ -242,6 +259,15 @@ class _Build:
                 for name in ("adjacent_similarity", "random_similarity")
             }
         return content
+
+
+def _beside(output: Output, name: str, numbers: np.ndarray) -> np.ndarray | None:
+    """What a step's file says of documents that it dropped; None where it has no such file."""
+    if not all((folder / name).exists() for folder in output.folders):
+        return None
+    known, values = (np.concatenate([np.load(f / n) for f in output.folders]) for n in (DROPPED_NAME, name))
+    order = np.argsort(known)
+    return values[order[np.searchsorted(known[order], numbers)]]
 
 
 def _link(files: Iterable[Path], folder: Path) -> None:

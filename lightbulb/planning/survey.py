@@ -41,7 +41,7 @@ PARTS = (
     Part("torch", "torch", "nothing runs"),
     Part("torchvision", "torchvision", "streaming does not load; install the version that belongs to torch"),
     Part("megatron-core", "megatron.core", "no training, and no inference"),
-    Part("mosaicml-streaming", "streaming", "shards can be neither written nor read"),
+    Part("mosaicml-streaming", "streaming", "shards cannot be read"),
     Part("deepspeed", "deepspeed", "no deepspeed launcher: start ranks with torchrun or srun"),
     Part("triton", "triton", "kernels run as their torch reference: slower on CUDA, no difference on CPU"),
     Part("flash-attn", "flash_attn", "attention by torch's own kernels, flash among them on CUDA"),
