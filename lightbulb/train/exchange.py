@@ -35,7 +35,7 @@ from lightbulb.parallel.engine import Engine
 from lightbulb.train.faults import StopSignal, fault_point
 from lightbulb.train.manifest import complete_checkpoints, step_of
 from lightbulb.train.outer import OuterConfig, average, outer_step, trunk_names
-from lightbulb.train.tensor_file import FileRecord, TensorFile, TensorFileError, stream_tensors, sync_file
+from lightbulb.train.tensor_file import TensorFile, TensorFileError, stream_tensors, sync_file
 from lightbulb.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -130,8 +130,8 @@ class Exchange:
         """Branches that have written their trunk of a round."""
         return [branch for branch in range(self.config.branches) if self.has(number, f"branch-{branch}", rank)]
 
-    def bring_together(self, number: int, shapes: Mapping[str, Sequence[int]]) -> int:
-        """Branch 0: the outer step from all trunks of a round; gives the bytes read and written."""
+    def bring_together(self, number: int, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Branch 0: the outer step from all trunks of a round."""
         values = [self.open(number, f"branch-{branch}") for branch in range(self.config.branches)]
         trunk = self.open(number - 1, "trunk")
         has_momentum = self.config.momentum > 0 and number > 1
@@ -145,11 +145,10 @@ class Exchange:
                 yield name, shared, velocity
 
         results = list(steps())
-        moved = len(values) * sum(shared.nbytes for _, shared, _ in results)
         if self.config.momentum:
-            moved += self.put(number, "momentum", [(name, velocity) for name, _, velocity in results])
+            self.put(number, "momentum", [(name, velocity) for name, _, velocity in results])
         fault_point("outer.step", number)
-        return moved + self.put(number, "trunk", [(name, shared) for name, shared, _ in results])
+        self.put(number, "trunk", [(name, shared) for name, shared, _ in results])
 
     def beat(self, content: Mapping[str, int]) -> None:
         """Say how far this branch is."""
@@ -273,7 +272,9 @@ class Outer:
         if self.config.branch or number == 0:
             return True
         everyone = self.config.branches
-        if not self._await(step, lambda: len(self._exchange.present(number)) == everyone, lambda: self._missing(number)):
+        if not self._await(
+            step, lambda: len(self._exchange.present(number)) == everyone, lambda: self._missing(number)
+        ):
             return False
         error: Exception | None = None
         try:
@@ -294,8 +295,9 @@ class Outer:
         files: dict[int, TensorFile] = {}
         error: Exception | None = None
         received = 0
+        owners = {self._owner(parameter) for _, parameter in self._trunk}
         try:
-            files = {owner: self._exchange.open(number, "trunk", owner) for owner in map(self._owner, self._values())}
+            files = {owner: self._exchange.open(number, "trunk", owner) for owner in owners}
         except ExchangeError as caught:
             error = caught
         agree(error)
@@ -306,9 +308,6 @@ class Outer:
             received += shared.nbytes
             self.engine.write_parameter(parameter, state)
         return received
-
-    def _values(self) -> list[nn.Parameter]:
-        return [parameter for _, parameter in self._trunk]
 
     def _missing(self, number: int) -> list[int]:
         """Whom a round waits for: those who have not written, else the one who makes the step."""
@@ -382,9 +381,9 @@ class _Patience:
 
 
 def _names(seen: Mapping[int, Mapping[str, Any]]) -> str:
-    places = [
-        f"branch {branch} ({f'last seen at step {beat["step"]}' if beat else 'never seen'})"
-        for branch, beat in sorted(seen.items())
-    ]
+    places = []
+    for branch, beat in sorted(seen.items()):
+        where = f"last seen at step {beat['step']}" if beat else "never seen"
+        places.append(f"branch {branch} ({where})")
     more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
     return ", ".join(places[:_SHOWN]) + more
