@@ -27,6 +27,7 @@ RULES = {
     "model": Rule.FIXED,
     "seed": Rule.FIXED,
     "data.shuffle": Rule.FIXED,
+    "data.part": Rule.FIXED,
     "train.global_batch_size": Rule.FIXED,
     "train.precision": Rule.FIXED,
     "optimizer": Rule.SAID,  # also the betas: a lower learning rate or other betas are how spikes are cured
