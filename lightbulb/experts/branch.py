@@ -25,7 +25,7 @@ from lightbulb.folder import explained, write_atomically
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError
 from lightbulb.train.config import RunConfig
 from lightbulb.train.manifest import complete_checkpoints, step_folder, step_of
-from lightbulb.train.origin import Origin, Parent, parent_of, read_origin, write_origin
+from lightbulb.train.origin import Origin, Parent, parent_of, write_origin
 from lightbulb.train.outer import parameter_names, trunk_names
 from lightbulb.train.schedule import learning_rate_factor
 
@@ -163,7 +163,7 @@ class Branches:
             with explained(branch.folder):
                 branch.folder.mkdir(exist_ok=True)
             save_config(branch.config, branch.file)
-            if read_origin(branch.folder) is None:
+            if not complete_checkpoints(branch.folder):
                 write_origin(branch.folder, Origin(kind="branch", parents=[parent], detail=detail))
         write_atomically(self.config.run / NEXT, self.upcycle_file())
 
@@ -203,7 +203,7 @@ class Branches:
         folder = step_folder(seed, listed[0] if wanted is None else wanted)
         if began is not None and parent_of(folder).digest != began.digest:
             raise CheckpointError(
-                f"{folder}: not the checkpoint that {self.config.run} was begun from; restore it, or set run to another "
+                f"{folder}: not the checkpoint that {self.config.run} was begun from; restore it, or set another run "
                 "folder"
             )
         if self.config.moments == "keep" and not Checkpoint(folder, verify=False).has_moments:

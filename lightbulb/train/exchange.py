@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 import torch
@@ -39,6 +39,8 @@ from lightbulb.train.tensor_file import TensorFile, TensorFileError, stream_tens
 from lightbulb.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 POLL_SECONDS = (0.002, 0.5)
 """Between two looks at the folder: at first, and at most."""
@@ -130,6 +132,19 @@ class Exchange:
         """Branches that have written their trunk of a round."""
         return [branch for branch in range(self.config.branches) if self.has(number, f"branch-{branch}", rank)]
 
+    def check_open(self, number: int) -> None:
+        """Whether a round can still be held.
+
+        Raises:
+            ExchangeError: the others are past it, and its result is no longer there.
+        """
+        later = [int(path.parent.name.removeprefix("round-")) for path in self.folder.glob("round-*/trunk-*.json")]
+        if any(found > number for found in later) and not self.has(number, "trunk"):
+            raise ExchangeError(
+                f"{self.folder}: round {number} is over and its result gone, as every branch had a checkpoint behind "
+                "it; restore that checkpoint of this branch, or remove all branches and start them anew"
+            )
+
     def bring_together(self, number: int, shapes: Mapping[str, Sequence[int]]) -> None:
         """Branch 0: the outer step from all trunks of a round."""
         values = [self.open(number, f"branch-{branch}") for branch in range(self.config.branches)]
@@ -206,11 +221,11 @@ class Outer:
         trunk = [(name, p) for name, p in engine.all_parameters() if name in shared and p.requires_grad]
         self._trunk: list[tuple[str, nn.Parameter]] = trunk
         self._shapes = {name: tuple(p.shape) for name, p in trunk if self._owner(p) == dist.get_rank()}
-        self._beaten = -BEAT_SECONDS
         self._beat(0)
 
     def is_due(self, step: int) -> bool:
-        """Whether a round belongs before the next step."""
+        """Whether a round belongs before the next step; lets the others see that this branch has come so far."""
+        self._tell(step)
         return step // self.config.every >= self.meetings
 
     def meet(self, step: int) -> Meeting | None:
@@ -224,6 +239,7 @@ class Outer:
         number = self.meetings
         sent, self._waited = 0, 0.0
         if not self._on_all(self._is_complete(number)):
+            self._agree(lambda: self._exchange.check_open(number))
             sent = self._contribute(number)
             if not self._gather(number, step):
                 return None
@@ -239,29 +255,20 @@ class Outer:
         sent, received = map(int, total.tolist())
         return Meeting(number, sent, received, self._waited, time.perf_counter() - started)
 
-    def tell(self, step: int) -> None:
-        """Let the others see that this branch gets on; at most once a second, by rank 0."""
-        if dist.get_rank() == 0 and time.monotonic() - self._beaten >= BEAT_SECONDS:
-            self._beat(step)
-
     def _owner(self, parameter: nn.Parameter) -> int:
         """The rank whose file holds what this rank's replicas share."""
         return dist.get_global_rank(self.engine.replicas(parameter), 0)
 
     def _contribute(self, number: int) -> int:
         """Write this branch's trunk (round 0: branch 0 alone, as the result)."""
-        values, error, sent = {}, None, 0
+        values = {}
         for name, parameter in self._trunk:
             master = self.engine.read_parameter(parameter)["master"]
             if name in self._shapes:
                 values[name] = master.cpu()
         kind = "trunk" if number == 0 else f"branch-{self.config.branch}"
-        try:
-            if number > 0 or self.config.branch == 0:
-                sent = self._exchange.put(number, kind, values)
-        except OSError as caught:
-            error = caught
-        agree(error)
+        writes = number > 0 or self.config.branch == 0
+        sent = self._agree(lambda: self._exchange.put(number, kind, values) if writes else 0)
         fault_point("outer.sent", number)
         return sent
 
@@ -274,13 +281,8 @@ class Outer:
             step, lambda: len(self._exchange.present(number)) == everyone, lambda: self._missing(number)
         ):
             return False
-        error: Exception | None = None
-        try:
-            if not self._exchange.has(number, "trunk"):
-                self._exchange.bring_together(number, self._shapes)
-        except (OSError, ExchangeError, TensorFileError) as caught:
-            error = caught
-        agree(error)
+        if not self._on_all(self._exchange.has(number, "trunk")):
+            self._agree(lambda: self._exchange.bring_together(number, self._shapes))
         return True
 
     def _is_complete(self, number: int) -> bool:
@@ -290,15 +292,9 @@ class Outer:
 
     def _take(self, number: int) -> int:
         """Put the result into the model and its masters; moments stay as they are. Gives the bytes read."""
-        files: dict[int, TensorFile] = {}
-        error: Exception | None = None
         received = 0
         owners = {self._owner(parameter) for _, parameter in self._trunk}
-        try:
-            files = {owner: self._exchange.open(number, "trunk", owner) for owner in owners}
-        except ExchangeError as caught:
-            error = caught
-        agree(error)
+        files = self._agree(lambda: {owner: self._exchange.open(number, "trunk", owner) for owner in owners})
         for name, parameter in self._trunk:
             state = self.engine.read_parameter(parameter)
             shared = files[self._owner(parameter)].read(name, tuple(parameter.shape))
@@ -327,11 +323,20 @@ class Outer:
                     return not late
                 if dist.get_rank() == 0:
                     error = patience.look(missing(), step)
-                    self.tell(step)
+                    self._tell(step)
                 if self._votes(error is not None)[0]:
                     agree(error)
             time.sleep(pause)
             pause = min(pause * 1.5, POLL_SECONDS[1])
+
+    def _agree(self, function: Callable[[], T]) -> T:
+        """This rank's result, or an error on every rank where one has it."""
+        try:
+            result, error = function(), None
+        except (OSError, ExchangeError, TensorFileError) as caught:
+            error = caught
+        agree(error)
+        return result
 
     def _votes(self, *flags: bool) -> list[bool]:
         """Each flag, set where it is on some rank."""
@@ -342,10 +347,14 @@ class Outer:
     def _on_all(self, flag: bool) -> bool:
         return not self._votes(not flag)[0]
 
+    def _tell(self, step: int) -> None:
+        if time.monotonic() - self._beaten >= BEAT_SECONDS:
+            self._beat(step)
+
     def _beat(self, step: int) -> None:
+        self._beaten = time.monotonic()
         if dist.get_rank() == 0:
             saved = [step_of(folder) for folder in complete_checkpoints(self.run)]
-            self._beaten = time.monotonic()
             oldest = min(saved, default=0) // self.config.every
             self._exchange.beat({"step": step, "meetings": self.meetings, "oldest": oldest})
 

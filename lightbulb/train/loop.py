@@ -211,7 +211,10 @@ class Trainer:
         self.peak = peak_flops(self.device, precision)
         self.engine = Engine(model, config.parallel, config.optimizer, precision, config.seed, self.device)
         self._cleanup.callback(self.engine.close)
-        self.outer = Outer(config.outer, self.engine, self.folder, self._stop, self._watchdog) if config.outer else None
+        self.outer: Outer | None = None
+        if config.outer is not None:
+            self.outer = Outer(config.outer, self.engine, self.folder, self._stop, self._watchdog)
+            self.outer.meetings = checkpoint.state.meetings if checkpoint is not None else 0
         self.loader = TrainLoader(
             config.data, model.context_length, model.vocab_size, config.seed, train.global_batch_size,
             train.micro_batch_size, self.engine.data_rank, data, config.mixtures(),
@@ -269,8 +272,6 @@ class Trainer:
             log.warning("set aside the damaged checkpoint: it is %s now; delete it when you have looked at it", aside)
         self.step, self.tokens, self.skipped_steps = state.step, state.tokens, state.skipped_steps
         self.account.tokens |= state.domain_tokens
-        if self.outer is not None:
-            self.outer.meetings = state.meetings
         log.info("resumed from %s (written as %s)", checkpoint.folder, state.layout)
 
     def _train_one_step(self) -> None:
@@ -302,31 +303,29 @@ class Trainer:
 
     def _meet(self) -> bool:
         """Bring the trunk together with the other branches', where that is due; False when a stop came before it."""
-        if self.outer is None:
+        if self.outer is None or not self.outer.is_due(self.step):
             return True
-        self.outer.tell(self.step)
-        while self.outer.is_due(self.step):
-            self.saver.settle()
-            try:
-                meeting = self.outer.meet(self.step)
-            except (ExchangeError, FolderError, RankError):
-                self._save_once()
-                raise
-            if meeting is None:
-                return False
-            self.metrics.write({"kind": "outer", "step": self.step, **meeting._asdict()})
-            if self._is_saved(self.step):  # before the meeting, when a stop came
-                self.save()
+        self.saver.settle()
+        try:
+            meeting = self.outer.meet(self.step)
+        except (ExchangeError, FolderError, RankError):
+            self._save_once()
+            raise
+        if meeting is None:
+            return False
+        self.metrics.write({"kind": "outer", "step": self.step, "tokens": self.tokens, **meeting._asdict()})
+        if self.step == self.config.train.steps and self._is_saved():  # before the meeting, when a stop came
+            self.save()
         return True
 
-    def _is_saved(self, step: int) -> bool:
-        return on_rank_zero(lambda: step_folder(self.folder, step).exists())
+    def _is_saved(self) -> bool:
+        return on_rank_zero(lambda: step_folder(self.folder, self.step).exists())
 
     def _save_once(self) -> None:
         """Save this step, if it is not saved yet, and wait for it."""
         with self._watchdog.section("save", self.step):
             self.saver.wait()
-            if not self._is_saved(self.step):
+            if not self._is_saved():
                 self.save()
                 self.saver.wait()
 
