@@ -314,18 +314,15 @@ class Trainer:
         if meeting is None:
             return False
         self.metrics.write({"kind": "outer", "step": self.step, "tokens": self.tokens, **meeting._asdict()})
-        if self.step == self.config.train.steps and self._is_saved():  # before the meeting, when a stop came
-            self.save()
+        if self.step == self.config.train.steps and on_rank_zero(step_folder(self.folder, self.step).exists):
+            self.save()  # what is there is of a stop before the meeting
         return True
-
-    def _is_saved(self) -> bool:
-        return on_rank_zero(lambda: step_folder(self.folder, self.step).exists())
 
     def _save_once(self) -> None:
         """Save this step, if it is not saved yet, and wait for it."""
         with self._watchdog.section("save", self.step):
             self.saver.wait()
-            if not self._is_saved():
+            if not on_rank_zero(step_folder(self.folder, self.step).exists):
                 self.save()
                 self.saver.wait()
 
