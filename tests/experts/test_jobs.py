@@ -13,6 +13,7 @@ from lightbulb.config import ConfigError, build_config
 from lightbulb.experts.jobs import JobError, JobsConfig, JobsStopped, command, environment, is_complete, run_jobs
 
 
+@pytest.mark.slow
 def test_runs_fail_by_themselves_and_complete_ones_are_skipped(run_file, tmp_path: Path, capfd) -> None:
     paths = [
         run_file("a"),
@@ -74,3 +75,11 @@ def test_a_signal_reaches_every_run_which_saves_and_goes_on_later(run_file, tmp_
         last = max(losses(tmp_path / name))
         assert (tmp_path / name / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
     assert not (tmp_path / "c").exists()  # no run is started after the signal
+
+
+@pytest.mark.slow
+def test_runs_of_several_ranks_are_started_by_the_launcher(run_file, tmp_path: Path) -> None:
+    paths = [run_file("a"), run_file("b")]
+    run_jobs(paths, JobsConfig(ranks=2, restarts=1))
+    for name in ("a", "b"):
+        assert "DP2" in (tmp_path / name / "summary.json").read_text()

@@ -95,6 +95,16 @@ def test_a_damaged_file_and_another_layout_are_refused(tmp_path: Path) -> None:
         exchange(tmp_path, 1).open(1, "branch-0")
 
 
+def test_a_round_whose_result_is_gone_is_named(tmp_path: Path) -> None:
+    first = exchange(tmp_path, 0)
+    for number in (1, 2):
+        first.put(number, "trunk", [("a", torch.ones(4))])
+    first.check_open(1)  # its result is there
+    first.check_open(3)  # it has not been held
+    with pytest.raises(ExchangeError, match="round 0 is over and its result gone"):
+        first.check_open(0)
+
+
 def test_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match="there are 2, counted from 0"):
         build_config(OuterConfig, {"every": 1, "folder": "x", "branch": 2, "branches": 2})
