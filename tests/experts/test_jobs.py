@@ -4,13 +4,24 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from training_runs import STEPS, TRAIN, losses, reached, wait_for
 
 from lightbulb.config import ConfigError, build_config
-from lightbulb.experts.jobs import JobError, JobsConfig, JobsStopped, command, environment, is_complete, run_jobs
+from lightbulb.experts.jobs import (
+    JobError,
+    JobsConfig,
+    JobsStopped,
+    command,
+    environment,
+    is_complete,
+    run_jobs,
+    wait_until_free,
+)
+from lightbulb.folder import claim
 
 
 @pytest.mark.slow
@@ -57,6 +68,23 @@ def test_commands_follow_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment(JobsConfig(at_once=4, ranks=2), 3)["OMP_NUM_THREADS"] == "2"
     with pytest.raises(ConfigError, match="leave out ranks and at_once"):
         build_config(JobsConfig, {"hostfiles": ["a"], "at_once": 2})
+
+
+def test_a_run_that_is_still_saving_is_waited_for(tmp_path: Path) -> None:
+    held = threading.Event()
+
+    def save() -> None:
+        with claim(tmp_path / "run"):
+            held.set()
+            time.sleep(0.6)
+
+    threading.Thread(target=save).start()
+    held.wait()
+    began = time.monotonic()
+    wait_until_free([tmp_path / "run", tmp_path / "none"], lambda: False)
+    assert 0.3 < time.monotonic() - began < 30 and not (tmp_path / "none").exists()
+    with claim(tmp_path / "run"):
+        wait_until_free([tmp_path / "run"], lambda: False, seconds=0.1)  # not for ever
 
 
 @pytest.mark.slow
