@@ -31,12 +31,13 @@ from lightbulb.train.accounts import DomainAccount, HeldOutTally, bytes_predicte
 from lightbulb.train.agreement import check_same_on_all_ranks
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into, newest_checkpoint
 from lightbulb.train.config import RunConfig
-from lightbulb.train.exchange import ExchangeError, Outer
+from lightbulb.train.exchange import ExchangeError
 from lightbulb.train.faults import StopSignal, fault_point, poisoned
 from lightbulb.train.first_weights import take_first_weights
 from lightbulb.train.kernels import use_kernels
 from lightbulb.train.ledger import Ledger, rewind_ledger
 from lightbulb.train.manifest import TrainState, set_aside_newer, step_folder, sweep
+from lightbulb.train.meeting import Outer
 from lightbulb.train.metrics import FILE_NAME, MetricsWriter, read_metrics
 from lightbulb.train.resume import check_resumable, settle_precision
 from lightbulb.train.save import Saver
@@ -211,10 +212,7 @@ class Trainer:
         self.peak = peak_flops(self.device, precision)
         self.engine = Engine(model, config.parallel, config.optimizer, precision, config.seed, self.device)
         self._cleanup.callback(self.engine.close)
-        self.outer: Outer | None = None
-        if config.outer is not None:
-            self.outer = Outer(config.outer, self.engine, self.folder, self._stop, self._watchdog)
-            self.outer.meetings = checkpoint.state.meetings if checkpoint is not None else 0
+        self.outer = Outer(config.outer, self.engine, self.folder, self._stop, self._watchdog) if config.outer else None
         self.loader = TrainLoader(
             config.data, model.context_length, model.vocab_size, config.seed, train.global_batch_size,
             train.micro_batch_size, self.engine.data_rank, data, config.mixtures(),
@@ -272,6 +270,8 @@ class Trainer:
             log.warning("set aside the damaged checkpoint: it is %s now; delete it when you have looked at it", aside)
         self.step, self.tokens, self.skipped_steps = state.step, state.tokens, state.skipped_steps
         self.account.tokens |= state.domain_tokens
+        if self.outer is not None:
+            self.outer.meetings = state.meetings
         log.info("resumed from %s (written as %s)", checkpoint.folder, state.layout)
 
     def _train_one_step(self) -> None:
@@ -311,12 +311,11 @@ class Trainer:
         except (ExchangeError, FolderError, RankError):
             self._save_once()
             raise
-        if meeting is None:
-            return False
-        self.metrics.write({"kind": "outer", "step": self.step, "tokens": self.tokens, **meeting._asdict()})
-        if self.step == self.config.train.steps and on_rank_zero(step_folder(self.folder, self.step).exists):
-            self.save()  # what is there is of a stop before the meeting
-        return True
+        if meeting is not None:
+            self.metrics.write({"kind": "outer", "step": self.step, "tokens": self.tokens, **meeting._asdict()})
+            if self.step == self.config.train.steps and on_rank_zero(step_folder(self.folder, self.step).exists):
+                self.save()  # what is there is of a stop before the meeting
+        return meeting is not None
 
     def _save_once(self) -> None:
         """Save this step, if it is not saved yet, and wait for it."""
