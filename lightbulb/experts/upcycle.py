@@ -187,7 +187,7 @@ def _comparison_text(merge: Merge) -> Text:
 def _cluster_texts(merge: Merge) -> list[list[list[int]]]:
     """Contexts of each cluster: the sources' domains, or the clusters of one source's copies."""
     config = merge.config
-    runs = [source.config.data.path if isinstance(source, RunSource) else None for source in merge.sources]
+    runs = [source.config.data if isinstance(source, RunSource) else None for source in merge.sources]
     clusters = config.clusters or config.sources
     owns = [None] * len(clusters) if config.clusters else runs
     tokenizer, tokens = merge.sources[0].tokenizer_path, config.router_start.tokens

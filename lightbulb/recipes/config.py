@@ -15,12 +15,12 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from lightbulb.config import Config, ConfigError, build_config, merge, parse_override, read_values
+from lightbulb.config import Config, build_config, merge, parse_override, read_values
 from lightbulb.data.config import Mixture
 from lightbulb.data_prep.config import CorpusConfig
-from lightbulb.experts.branch import SyncConfig
 from lightbulb.experts.jobs import JobsConfig
 from lightbulb.train.config import RunConfig
+from lightbulb.train.outer import SyncConfig
 
 CORPUS, SEED = "corpus", "seed"
 """Sections that may be the path of a file, or have a `base:`; paths are seen from the recipe's folder."""
