@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from lightbulb.config import Config, build_config, merge, parse_override, read_values
 from lightbulb.data.config import Mixture
 from lightbulb.data_prep.config import CorpusConfig
+from lightbulb.evaluation.ensemble import EnsembleConfig
 from lightbulb.experts.jobs import JobsConfig
 from lightbulb.train.config import RunConfig
 from lightbulb.train.outer import SyncConfig
@@ -75,8 +76,8 @@ class BaselinesSection(Config):
 
     dense: bool = True
     """Train the seed on, spending what branches, tuning and decay spend together, with a decay of its own."""
-    ensemble: bool = True
-    """Let the branches predict together (c-BTM)."""
+    ensemble: EnsembleConfig | None = EnsembleConfig(weights="likelihood")
+    """How the branches predict together (c-BTM); null leaves that out."""
 
 
 class RecipeConfig(Config):

@@ -7,7 +7,6 @@ conversions and evaluate are not counted: together a thousandth of the quick rec
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightbulb.config import ConfigError, build_config, merge
@@ -112,17 +111,17 @@ class Plan:
             **self.recipe.mix,
             "run": str(self.recipe.run / "mixture"),
             "seed_model": self.recipe.seed.run,
-            "sources": [{"path": str(path)} for path in self.branch_folders],
+            "sources": [{"path": run.run} for run in self.branch_runs],
         }
         for name in ("run", "seed_model", "sources"):
             if name in self.recipe.mix:
                 raise ConfigError(f"mix.{name} follows from the recipe; leave it out")
         return build_config(UpcycleConfig, values, "mix")
 
-    @property
-    def branch_folders(self) -> list[Path]:
-        """Runs of the branches."""
-        return [Path(config.run) for config in branch_configs(self.branch_config)]
+    @cached_property
+    def branch_runs(self) -> list[RunConfig]:
+        """Run files of the branches."""
+        return branch_configs(self.branch_config)
 
     @cached_property
     def tune(self) -> Training:
