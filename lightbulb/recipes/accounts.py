@@ -13,7 +13,6 @@ import orjson
 from lightbulb.recipes.arms import DENSE, ENSEMBLE, MIXTURE, SEED
 from lightbulb.recipes.engine import STAGES, read_record
 from lightbulb.recipes.plan import Plan, Training, flops_per_token
-from lightbulb.train.config import RunConfig
 
 
 class Spent(NamedTuple):
@@ -36,9 +35,9 @@ def summarise(plan: Plan, arms: dict[str, Any]) -> dict[str, Any]:
     stages = spent_by_stage(plan)
     by_arm = {name: {stage: stages[stage].flops for stage in stages_of_arm(plan, name)} for name in arms}
     dense, mixture = plan.seed.config.model.cost(), plan.decay.config.model.cost()
-    inference = {name: dense.forward_flops for name in arms} | {MIXTURE: mixture.forward_flops}
-    parameters = {name: dense.params for name in arms} | {MIXTURE: mixture.params}
-    active = {name: dense.active_params for name in arms} | {MIXTURE: mixture.active_params}
+    inference = dict.fromkeys(arms, dense.forward_flops) | {MIXTURE: mixture.forward_flops}
+    parameters = dict.fromkeys(arms, dense.params) | {MIXTURE: mixture.params}
+    active = dict.fromkeys(arms, dense.active_params) | {MIXTURE: mixture.active_params}
     if ENSEMBLE in arms:
         inference[ENSEMBLE] = arms[ENSEMBLE]["flops_per_token"]
         parameters[ENSEMBLE] = active[ENSEMBLE] = dense.params * plan.branch.runs
@@ -71,7 +70,7 @@ def spent_by_stage(plan: Plan) -> dict[str, Spent]:
     """
     spent = {}
     for training in plan.trainings:
-        runs = plan.branch_runs if training.name == plan.branch.name else [training.config]
+        runs = plan.branch_runs if training.name == plan.branch.name else [Path(training.config.run)]
         tokens = sum(map(_tokens, runs)) - _tokens_before(plan, training)
         spent[training.name] = Spent(tokens, tokens * flops_per_token(training.config))
     return spent
@@ -86,11 +85,11 @@ def seconds_by_stage(run: Path) -> dict[str, float]:
 def _tokens_before(plan: Plan, training: Training) -> int:
     """Tokens that a run's count has from the run it goes on from."""
     parents = {plan.decay.name: plan.tune.config, plan.dense.name: plan.seed.config}
-    return _tokens(parents[training.name]) if training.name in parents else 0
+    return _tokens(Path(parents[training.name].run)) if training.name in parents else 0
 
 
-def _tokens(config: RunConfig) -> int:
-    path = Path(config.run).expanduser() / "summary.json"
+def _tokens(run: Path) -> int:
+    path = run.expanduser() / "summary.json"
     try:
         return int(orjson.loads(path.read_bytes())["tokens"])
     except (OSError, ValueError, KeyError) as error:

@@ -10,7 +10,8 @@ from lightbulb.evaluation.runs import EvaluationConfig, Subject, evaluate_ensemb
 from lightbulb.folder import explained, write_atomically
 from lightbulb.recipes.plan import Plan
 
-ARMS = "arms.json"
+EVALUATION, ARMS = "evaluation", "arms.json"
+"""Folder, and the file in it with what was found."""
 SEED, DENSE, ENSEMBLE, MIXTURE = "seed", "continued_dense", "ensemble", "moe"
 SCORES = ("bpb", "loss", "domain_bpb", "cluster_bpb", "tokens", "bytes")
 
@@ -35,7 +36,7 @@ def evaluate_arms(plan: Plan, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     found = {name: evaluate_run(Subject(run, options), corpus) for name, run in arm_runs(plan).items()}
     if (config := plan.recipe.baselines.ensemble) is not None:
-        branches = [Subject(Path(run.run), options) for run in plan.branch_runs]
+        branches = [Subject(run, options) for run in plan.branch_runs]
         found[ENSEMBLE] = evaluate_ensemble(branches, corpus, config, out / ENSEMBLE)
     arms = {name: _of_interest(result) for name, result in found.items()}
     write_atomically(out / ARMS, orjson.dumps(arms, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))

@@ -12,7 +12,6 @@ from matplotlib.ticker import FuncFormatter
 
 from lightbulb.recipes.arms import DENSE, ENSEMBLE, MIXTURE, SEED
 from lightbulb.recipes.plan import Plan, Training
-from lightbulb.train.config import RunConfig
 from lightbulb.train.metrics import read_metrics
 from lightbulb.train.page import BLUE, GREEN, GREY, ORANGE, style
 
@@ -96,13 +95,11 @@ def accounts_figure(summary: Mapping[str, Any]) -> Figure:
     training.legend(frameon=False, fontsize=8, ncols=len(stages), loc="lower left", bbox_to_anchor=(0, 1.08))
     _bars(inference, [summary["inference_flops_per_token"][name] for name in names])
     _bars(parameters, [summary["parameters"][name] for name in names], [summary["active_parameters"][n] for n in names])
-    for axis, title in (
-        (training, "Training FLOPs"), (inference, "FLOPs of a predicted token"), (parameters, "Parameters (dark: active)"),
-    ):  # fmt: skip
+    titles = {training: "", inference: "FLOPs of a predicted token", parameters: "Parameters (dark: active)"}
+    for axis, title in titles.items():
         style(axis, title, "")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         axis.tick_params(axis="x", labelsize=8)
-    training.set_title("")
     training.set_xlabel("training FLOPs")
     training.set_yticks(np.arange(len(names)), [NAMES[name] for name in names])
     training.invert_yaxis()
@@ -120,20 +117,20 @@ def _curves(plan: Plan) -> list[Curve]:
     """All trainings, each beginning where its arm stood."""
     seed_end = plan.seed.flops
     mixed = seed_end + plan.branch.flops
-    found = [_curve(plan.seed, plan.seed.config, 0.0, COLOURS[SEED], NAMES[SEED])]
+    found = [_curve(plan.seed, None, 0.0, COLOURS[SEED], NAMES[SEED])]
     for number, run in enumerate(plan.branch_runs):
         name = "branches, each on its cluster" if number == 0 else ""
         found.append(_curve(plan.branch, run, seed_end, COLOURS[ENSEMBLE], name, plan.branch.runs))
-    found.append(_curve(plan.tune, plan.tune.config, mixed, COLOURS[MIXTURE], NAMES[MIXTURE]))
-    found.append(_curve(plan.decay, plan.decay.config, mixed + plan.tune.flops, COLOURS[MIXTURE], ""))
+    found.append(_curve(plan.tune, None, mixed, COLOURS[MIXTURE], NAMES[MIXTURE]))
+    found.append(_curve(plan.decay, None, mixed + plan.tune.flops, COLOURS[MIXTURE], ""))
     if plan.recipe.baselines.dense:
-        found.append(_curve(plan.dense, plan.dense.config, seed_end, COLOURS[DENSE], NAMES[DENSE]))
+        found.append(_curve(plan.dense, None, seed_end, COLOURS[DENSE], NAMES[DENSE]))
     return found
 
 
-def _curve(training: Training, run: RunConfig, begin: float, colour: str, name: str, times: int = 1) -> Curve:
+def _curve(training: Training, run: Path | None, begin: float, colour: str, name: str, times: int = 1) -> Curve:
     """A run's own steps; what its metrics have of the run it goes on from is left out."""
-    records = list(read_metrics(Path(run.run).expanduser()))
+    records = list(read_metrics((run or Path(training.config.run)).expanduser()))
     train = [r for r in records if r["kind"] == "train" and r["step"] > training.first_step]
     per_step = training.flops / training.runs / training.steps * times
     at = [begin + (r["step"] - training.first_step) * per_step for r in train]
@@ -141,7 +138,7 @@ def _curve(training: Training, run: RunConfig, begin: float, colour: str, name: 
     held_out = [
         (begin + (r["step"] - training.first_step) * per_step, r["held_out_bpb"])
         for r in records
-        if r["kind"] == "eval" and r["step"] == run.train.steps
+        if r["kind"] == "eval" and r["step"] == training.config.train.steps
     ]
     return Curve(name, _binned(at), _binned(bits), held_out, colour, times > 1)
 

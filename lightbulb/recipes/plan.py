@@ -7,10 +7,11 @@ conversions and evaluate are not counted: together a thousandth of the quick rec
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightbulb.config import ConfigError, build_config, merge
-from lightbulb.experts.branch import BranchConfig, branch_configs
+from lightbulb.experts.branch_config import BranchConfig
 from lightbulb.experts.mixture_model import mixture_config
 from lightbulb.experts.upcycle_config import UpcycleConfig
 from lightbulb.models.trainable import train_flops, trained_names
@@ -111,17 +112,17 @@ class Plan:
             **self.recipe.mix,
             "run": str(self.recipe.run / "mixture"),
             "seed_model": self.recipe.seed.run,
-            "sources": [{"path": run.run} for run in self.branch_runs],
+            "sources": [{"path": str(run)} for run in self.branch_runs],
         }
         for name in ("run", "seed_model", "sources"):
             if name in self.recipe.mix:
                 raise ConfigError(f"mix.{name} follows from the recipe; leave it out")
         return build_config(UpcycleConfig, values, "mix")
 
-    @cached_property
-    def branch_runs(self) -> list[RunConfig]:
-        """Run files of the branches."""
-        return branch_configs(self.branch_config)
+    @property
+    def branch_runs(self) -> list[Path]:
+        """Folders of the branches."""
+        return [self.branch_config.folder(cluster) for cluster in range(self.recipe.num_clusters)]
 
     @cached_property
     def tune(self) -> Training:

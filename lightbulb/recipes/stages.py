@@ -15,21 +15,21 @@
         stages/, replaced/       what was done with which settings; what changed settings have replaced
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from lightbulb.config import Config, flatten, save_config
-from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.data_prep.manifest import read_manifest
 from lightbulb.data_prep.pipeline import preprocess
 from lightbulb.experts.branch import branch
 from lightbulb.experts.jobs import run_jobs
 from lightbulb.experts.upcycle import upcycle
 from lightbulb.folder import explained
-from lightbulb.recipes.arms import ARMS, evaluate_arms
+from lightbulb.recipes.arms import ARMS, EVALUATION, evaluate_arms
 from lightbulb.recipes.engine import Stage, file_digest, run_stages
 from lightbulb.recipes.plan import Plan, Training
 from lightbulb.recipes.report import OUTPUTS, write_report
@@ -39,7 +39,7 @@ from lightbulb.train.manifest import MANIFEST, step_folder
 from lightbulb.train.origin import Origin, parent_of
 from lightbulb.train.resume import Rule, rule_of
 
-FILES, EVALUATION = "files", "evaluation"
+FILES = "files"
 FREE_OF_CORPUS = {"output", "executor", "task_bytes", "keep_work"}
 """Settings of a corpus that do not change its rows."""
 FREE_OF_BRANCHES = {"run", "seed_run", "corpus", "jobs"}
@@ -99,8 +99,11 @@ def _training(plan: Plan, training: Training, needs: Sequence[str], after: Train
             fork(point, config, Origin(kind="decay", parents=[parent_of(point.folder)], detail=detail))
         run_jobs([_write(plan, training.name, config)], plan.recipe.jobs)
 
+    def digest() -> str | None:
+        return run_digest(folder, config.train.steps)
+
     title = f"{folder}: {training.steps:,} steps, {training.tokens / 1e6:,.2f} M tokens"
-    return Stage(training.name, title, run_settings(config), needs, (folder,), work, lambda: run_digest(config))
+    return Stage(training.name, title, run_settings(config), needs, (folder,), work, digest)
 
 
 def _branch(plan: Plan) -> Stage:
@@ -108,8 +111,8 @@ def _branch(plan: Plan) -> Stage:
     folder = plan.recipe.run / "branches"
 
     def digest() -> str | None:
-        found = [run_digest(run) for run in plan.branch_runs]
-        return None if None in found else file_digest(*(_last_manifest(run) for run in plan.branch_runs))
+        found = [run_digest(run, training.steps) for run in plan.branch_runs]
+        return None if None in found else sha256("".join(map(str, found)).encode()).hexdigest()
 
     title = f"{training.runs} runs of {training.steps:,} steps, {training.tokens / 1e6:,.2f} M tokens together"
     settings = _settings(config, FREE_OF_BRANCHES)
@@ -151,17 +154,13 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if rule_of(key) is not Rule.FREE and key not in free}
 
 
-def run_digest(config: RunConfig) -> str | None:
+def run_digest(run: Path, steps: int) -> str | None:
     """Hash of a run's last checkpoint; None until it has trained all steps and written its summary."""
     try:
-        steps = orjson.loads((Path(config.run).expanduser() / "summary.json").read_bytes())["steps"]
+        done = orjson.loads((run / "summary.json").read_bytes())["steps"]
     except (OSError, ValueError, KeyError):
         return None
-    return file_digest(_last_manifest(config)) if steps == config.train.steps else None
-
-
-def _last_manifest(config: RunConfig) -> Path:
-    return step_folder(Path(config.run).expanduser(), config.train.steps) / MANIFEST
+    return file_digest(step_folder(run, steps) / MANIFEST) if done == steps else None
 
 
 def _settings(config: Config, free: set[str]) -> dict[str, Any]:
