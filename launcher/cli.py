@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("lightbulb.launcher.verify", "check a corpus, or a run's checkpoints, sample ledger and data"),
     "ledger": ("lightbulb.launcher.ledger", "say what a run was trained on: documents, steps, epochs"),
     "prove": ("lightbulb.launcher.prove", "compare every parallel layout with one process"),
+    "branch": ("lightbulb.launcher.branch", "train one expert for each cluster of a corpus, from one seed"),
     "upcycle": ("lightbulb.launcher.upcycle", "make a mixture of experts of dense models"),
     "pack": ("lightbulb.launcher.pack", "write a ternary model with packed weights, for generate"),
     "generate": ("lightbulb.launcher.generate", "continue a prompt with a trained model"),

@@ -9,6 +9,7 @@ from lightbulb.config import load_config, read_yaml
 from lightbulb.data.config import MixtureConfig
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.evaluation.proof import ProofConfig
+from lightbulb.experts.branch_config import BranchConfig
 from lightbulb.experts.mixture_model import mixture_config
 from lightbulb.experts.upcycle_config import load_upcycle_config
 from lightbulb.train.config import RunConfig
@@ -25,6 +26,9 @@ def test_config_loads_and_costs_what_it_builds(path):
         return
     if path.parent.name == "mixes":
         load_config(MixtureConfig, path)
+        return
+    if "seed_run" in read_yaml(path):
+        load_config(BranchConfig, path)
         return
     if "model" not in read_yaml(path):
         load_config(CorpusConfig, path)

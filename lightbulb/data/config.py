@@ -67,6 +67,21 @@ class StageConfig(Config):
         return self.start if isinstance(self.start, int) else round(self.start * steps)
 
 
+class PartConfig(Config):
+    """A random part of a corpus's rows; those of different numbers have none in common."""
+
+    number: int = Field(ge=0)
+    """Which part."""
+    of: int = Field(ge=1)
+    """How many there are, of equal size."""
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> "PartConfig":
+        if self.number >= self.of:
+            raise ValueError(f"number {self.number}: there are {self.of} parts, counted from 0")
+        return self
+
+
 class DataConfig(Config):
     """A corpus written by `lightbulb preprocess`."""
 
@@ -84,6 +99,15 @@ class DataConfig(Config):
 
     stages: tuple[StageConfig, ...] = ()
     """Later mixtures. Without `mixture`, the first one draws in proportion to tokens."""
+
+    part: PartConfig | None = None
+    """Train on a random part of the corpus only, without a mixture."""
+
+    @model_validator(mode="after")
+    def _part_is_plain(self) -> "DataConfig":
+        if self.part is not None and (self.mixture is not None or self.stages):
+            raise ValueError("part: not together with mixture or stages; leave one of them out")
+        return self
 
     def mixtures(self, steps: int, decay_start: int) -> list[tuple[int, MixtureConfig]]:
         """Every mixture of a run with the number of steps before it; empty for a run without.

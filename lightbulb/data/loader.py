@@ -93,8 +93,9 @@ class TrainLoader:
                 f"{data_size} data-parallel ranks; set it to a multiple of {micro_batch_size * data_size}"
             )
         self.corpus = Corpus(data.path.expanduser(), "train", context_length, vocab_size)
-        if len(self.corpus) < global_batch_size:
-            raise _too_few(self.corpus, f"global_batch_size={global_batch_size} rows are")
+        if len(self.corpus) < global_batch_size * (data.part.of if data.part else 1):
+            where = f" in each of {data.part.of} parts" if data.part else ""
+            raise _too_few(self.corpus, f"global_batch_size={global_batch_size} rows{where} are")
         self.data = data
         self.seed = seed
         self.global_batch_size = global_batch_size
@@ -102,7 +103,8 @@ class TrainLoader:
         self.samples_consumed = 0
         groups = self.corpus.groups
         stages = [(step * global_batch_size, resolve(mixture, groups)) for step, mixture in mixtures]
-        self.sequence = SampleSequence(groups, seed, data.shuffle, stages)
+        part = None if data.part is None else (data.part.number, data.part.of)
+        self.sequence = SampleSequence(groups, seed, data.shuffle, stages, part)
         self._part = global_batch_size // data_size
         self._offset = data_rank * self._part
         self._drawn = (0, np.zeros(len(groups), dtype=np.int64))
@@ -112,7 +114,7 @@ class TrainLoader:
     @property
     def epoch(self) -> float:
         """How many times the corpus has been read."""
-        return self.samples_consumed / len(self.corpus)
+        return self.samples_consumed / int(self.sequence.sizes.sum())
 
     @property
     def drawn(self) -> np.ndarray:
@@ -126,7 +128,8 @@ class TrainLoader:
     @property
     def group_epochs(self) -> dict[str, float]:
         """How many times each group has been read."""
-        return dict(zip(self.sequence.names, (self.drawn / self.sequence.sizes).tolist(), strict=True))
+        sizes = np.maximum(self.sequence.sizes, 1)  # a part may have no row of a small group
+        return dict(zip(self.sequence.names, (self.drawn / sizes).tolist(), strict=True))
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch.
@@ -204,7 +207,8 @@ class TrainLoader:
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides which row stands at which place."""
-        return {
+        part = {"part": self.data.part.model_dump()} if self.data.part else {}
+        return part | {
             "seed": self.seed,
             "shuffle": self.data.shuffle,
             "rows": len(self.corpus),

@@ -34,7 +34,7 @@ from lightbulb.parallel.collective import agree
 from lightbulb.parallel.engine import Engine
 from lightbulb.train.faults import StopSignal, fault_point
 from lightbulb.train.manifest import complete_checkpoints, step_of
-from lightbulb.train.outer import OuterConfig, average, outer_step, trunk_names
+from lightbulb.train.outer import OuterConfig, average, outer_step, parameter_names, trunk_names
 from lightbulb.train.tensor_file import TensorFile, TensorFileError, stream_tensors, sync_file
 from lightbulb.train.watchdog import Watchdog
 
@@ -202,9 +202,7 @@ class Outer:
         self._stop, self._watchdog = stop, watchdog
         layout = f"{engine.parallel.label()} on {dist.get_world_size()} ranks"
         self._exchange = Exchange(config, dist.get_rank(), layout)
-        with torch.device("meta"):
-            whole = [name for name, _ in engine.model_config.build().named_parameters()]
-        shared = set(trunk_names(whole, config.local))
+        shared = set(trunk_names(parameter_names(engine.model_config), config.local))
         trunk = [(name, p) for name, p in engine.all_parameters() if name in shared and p.requires_grad]
         self._trunk: list[tuple[str, nn.Parameter]] = trunk
         self._shapes = {name: tuple(p.shape) for name, p in trunk if self._owner(p) == dist.get_rank()}

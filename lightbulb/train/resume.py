@@ -27,6 +27,7 @@ RULES = {
     "model": Rule.FIXED,
     "seed": Rule.FIXED,
     "data.shuffle": Rule.FIXED,
+    "data.part": Rule.FIXED,
     "train.global_batch_size": Rule.FIXED,
     "train.precision": Rule.FIXED,
     "train.trainable": Rule.FIXED,  # what was frozen has no moments; start_from another run goes on with another choice
