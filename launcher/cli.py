@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "branch": ("lightbulb.launcher.branch", "train one expert for each cluster of a corpus, from one seed"),
     "upcycle": ("lightbulb.launcher.upcycle", "make a mixture of experts of dense models"),
     "pack": ("lightbulb.launcher.pack", "write a ternary model with packed weights, for generate"),
+    "evaluate": ("lightbulb.launcher.evaluate", "bits per byte by domain, expert use, ensembles, lm-eval tasks"),
     "generate": ("lightbulb.launcher.generate", "continue a prompt with a trained model"),
     "export": ("lightbulb.launcher.export", "write a run's model as a Hugging Face folder, with a receipt"),
     "import": ("lightbulb.launcher.import_model", "write a Hugging Face model as a run, with a receipt"),
