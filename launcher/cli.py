@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ledger": ("lightbulb.launcher.ledger", "say what a run was trained on: documents, steps, epochs"),
     "prove": ("lightbulb.launcher.prove", "compare every parallel layout with one process"),
     "branch": ("lightbulb.launcher.branch", "train one expert for each cluster of a corpus, from one seed"),
+    "recipe": ("lightbulb.launcher.recipe", "grow a mixture of experts from a corpus, all stages"),
     "upcycle": ("lightbulb.launcher.upcycle", "make a mixture of experts of dense models"),
     "pack": ("lightbulb.launcher.pack", "write a ternary model with packed weights, for generate"),
     "evaluate": ("lightbulb.launcher.evaluate", "bits per byte by domain, expert use, ensembles, lm-eval tasks"),

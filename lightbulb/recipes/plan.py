@@ -89,7 +89,7 @@ class Plan:
             "at_step": seed.train.steps,
             "corpus": str(self.recipe.corpus.output),
             "optimizer": section.optimizer,
-            "schedule": {"decay": 0.0} | section.schedule,
+            "schedule": section.schedule,
             "train": section.train | {"steps": steps},
             "sync": section.sync,
             "jobs": section.jobs,
@@ -112,9 +112,10 @@ class Plan:
             **self.recipe.mix,
             "run": str(self.recipe.run / "mixture"),
             "seed_model": self.recipe.seed.run,
+            "data": self.recipe.seed.data.model_dump(mode="json"),
             "sources": [{"path": str(run)} for run in self.branch_runs],
         }
-        for name in ("run", "seed_model", "sources"):
+        for name in ("run", "seed_model", "sources", "data", "train"):
             if name in self.recipe.mix:
                 raise ConfigError(f"mix.{name} follows from the recipe; leave it out")
         return build_config(UpcycleConfig, values, "mix")

@@ -25,7 +25,8 @@ import orjson
 from lightbulb.config import Config, flatten, save_config
 from lightbulb.data_prep.manifest import read_manifest
 from lightbulb.data_prep.pipeline import preprocess
-from lightbulb.experts.branch import branch
+from lightbulb.experts.branch import Branches
+from lightbulb.experts.branch_scores import summarise
 from lightbulb.experts.jobs import run_jobs
 from lightbulb.experts.upcycle import upcycle
 from lightbulb.folder import explained
@@ -108,7 +109,12 @@ def _training(plan: Plan, training: Training, needs: Sequence[str], after: Train
 
 def _branch(plan: Plan) -> Stage:
     config, training = plan.branch_config, plan.branch
-    folder = plan.recipe.run / "branches"
+
+    def work() -> None:
+        branches = Branches(config)
+        branches.prepare()
+        run_jobs([branch.file for branch in branches.branches], branches.jobs)
+        summarise(branches)
 
     def digest() -> str | None:
         found = [run_digest(run, training.steps) for run in plan.branch_runs]
@@ -116,8 +122,7 @@ def _branch(plan: Plan) -> Stage:
 
     title = f"{training.runs} runs of {training.steps:,} steps, {training.tokens / 1e6:,.2f} M tokens together"
     settings = _settings(config, FREE_OF_BRANCHES)
-    work = lambda: _done(branch(config))  # noqa: E731
-    return Stage("branch", title, settings, ("prepare", "seed"), (folder,), work, digest)
+    return Stage("branch", title, settings, ("prepare", "seed"), (config.run,), work, digest)
 
 
 def _mix(plan: Plan) -> Stage:

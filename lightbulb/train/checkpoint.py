@@ -261,14 +261,14 @@ def load_model_for_inference(run: Path, step: int | None = None) -> tuple[Langua
     Raises:
         CheckpointError: not a run folder, or no intact checkpoint in it.
     """
-    config, checkpoint = open_run(run)
+    config, checkpoint = open_run(run, step)
     precision: Precision = "bf16" if config.train.precision == "bf16" else "fp32"
     model = build_for_inference(config, checkpoint, pick_device(), precision)
     return model, Tokenizer.load(run / "tokenizer.json"), config
 
 
-def open_run(run: Path) -> tuple[RunConfig, Checkpoint]:
-    """The config of a run and its newest intact checkpoint.
+def open_run(run: Path, step: int | None = None) -> tuple[RunConfig, Checkpoint]:
+    """The config of a run and its newest intact checkpoint, or that of a step.
 
     Raises:
         CheckpointError: not a run folder, or no intact checkpoint in it.
