@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     try:
         plan = Plan(load_recipe(options.config, options.overrides))
+        plan.check()
         if options.plan:
             Console().print(cost_table(plan, Machine(options.mfu, options.tflops * 1e12)))
             return 0

@@ -12,7 +12,7 @@ import orjson
 
 from lightbulb.recipes.arms import DENSE, ENSEMBLE, MIXTURE, SEED
 from lightbulb.recipes.engine import STAGES, read_record
-from lightbulb.recipes.plan import Plan, Training, flops_per_token
+from lightbulb.recipes.plan import Plan, Training
 
 
 class Spent(NamedTuple):
@@ -34,7 +34,7 @@ def summarise(plan: Plan, arms: dict[str, Any]) -> dict[str, Any]:
     """
     stages = spent_by_stage(plan)
     by_arm = {name: {stage: stages[stage].flops for stage in stages_of_arm(plan, name)} for name in arms}
-    dense, mixture = plan.seed.config.model.cost(), plan.decay.config.model.cost()
+    dense, mixture = plan.seed.cost, plan.decay.cost
     inference = dict.fromkeys(arms, dense.forward_flops) | {MIXTURE: mixture.forward_flops}
     parameters = dict.fromkeys(arms, dense.params) | {MIXTURE: mixture.params}
     active = dict.fromkeys(arms, dense.active_params) | {MIXTURE: mixture.active_params}
@@ -72,7 +72,7 @@ def spent_by_stage(plan: Plan) -> dict[str, Spent]:
     for training in plan.trainings:
         runs = plan.branch_runs if training.name == plan.branch.name else [Path(training.config.run)]
         tokens = sum(map(_tokens, runs)) - _tokens_before(plan, training)
-        spent[training.name] = Spent(tokens, tokens * flops_per_token(training.config))
+        spent[training.name] = Spent(tokens, tokens * training.flops_per_token)
     return spent
 
 

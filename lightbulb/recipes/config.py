@@ -39,6 +39,8 @@ class Settings(Config):
     """Keys of `schedule` of a run file, in fractions of this training's steps."""
     train: dict[str, Any] = {}
     """Keys of `train` of a run file; `steps` follows from the budget."""
+    parallel: dict[str, Any] = {}
+    """Keys of `parallel` of a run file."""
 
     @model_validator(mode="after")
     def _steps_follow(self) -> "Settings":
@@ -48,7 +50,7 @@ class Settings(Config):
 
     def values(self) -> dict[str, Any]:
         """The settings as parts of a run file."""
-        return {"optimizer": self.optimizer, "schedule": self.schedule, "train": self.train}
+        return {name: getattr(self, name) for name in ("optimizer", "schedule", "train", "parallel")}
 
 
 class BranchSection(Settings):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from lightbulb.recipes.plan import MASTER_BYTES, Plan, Training, flops_per_token
+from lightbulb.recipes.plan import MASTER_BYTES, Plan, Training
 
 HOUR = 3600.0
 
@@ -36,9 +36,8 @@ def cost_table(plan: Plan, machine: Machine) -> Table:
         table.add_row(*_row(training, machine))
         if training.name == plan.branch.name:
             table.add_row(*_mixture(plan))
-    spent = [training for training in plan.trainings if training.name != plan.dense.name]
     table.add_section()
-    total = sum(training.flops for training in spent)
+    total = sum(training.flops for training in (plan.seed, plan.branch, plan.tune, plan.decay))
     table.add_row("mixture's arm", "", "", "", f"{total:.4g}", "", "", "", f"{machine.hours(total):,.4g}")
     if plan.recipe.baselines.dense:
         total = plan.seed.flops + plan.dense.flops
@@ -47,17 +46,17 @@ def cost_table(plan: Plan, machine: Machine) -> Table:
 
 
 def _row(training: Training, machine: Machine) -> list[str]:
-    cost = training.config.model.cost()
+    cost = training.cost
     runs = f"{training.runs} × " if training.runs > 1 else ""
     return [
-        training.name, f"{runs}{training.steps:,}", short(training.tokens), f"{flops_per_token(training.config):.3g}",
+        training.name, f"{runs}{training.steps:,}", short(training.tokens), f"{training.flops_per_token:.3g}",
         f"{training.flops:.4g}", short(cost.params), short(cost.active_params), size(training.checkpoint_bytes),
         f"{machine.hours(training.flops):,.4g}",
     ]  # fmt: skip
 
 
 def _mixture(plan: Plan) -> list[str]:
-    cost = plan.tune.config.model.cost()
+    cost = plan.tune.cost
     bytes_ = size(cost.params * MASTER_BYTES)
     return ["mix", "", "", "", "", short(cost.params), short(cost.active_params), bytes_, ""]
 

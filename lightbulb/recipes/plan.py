@@ -8,9 +8,9 @@ conversions and evaluate are not counted: together a thousandth of the quick rec
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lightbulb.config import ConfigError, build_config, merge
+from lightbulb.config import ConfigError, Cost, build_config, merge
 from lightbulb.experts.branch_config import BranchConfig
 from lightbulb.experts.mixture_model import mixture_config
 from lightbulb.experts.upcycle_config import UpcycleConfig
@@ -23,7 +23,8 @@ ADAM_BYTES, MASTER_BYTES = 12, 4
 """Of a parameter in a checkpoint: float32 master with both moments, and alone."""
 
 
-class Training(NamedTuple):
+@dataclass(frozen=True)
+class Training:
     """One training of a recipe.
 
     Attributes:
@@ -48,16 +49,25 @@ class Training(NamedTuple):
         """Places that are predicted, of all runs."""
         return self.runs * self.steps * tokens_per_step(self.config)
 
+    @cached_property
+    def flops_per_token(self) -> float:
+        """Training FLOPs."""
+        return flops_per_token(self.config)
+
     @property
     def flops(self) -> float:
         """Training FLOPs of all runs."""
-        return self.tokens * flops_per_token(self.config)
+        return self.tokens * self.flops_per_token
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Of the model."""
+        return self.config.model.cost()
 
     @property
     def checkpoint_bytes(self) -> int:
         """Size of the last checkpoints of all runs."""
-        trained = self.config.model.cost().params
-        return self.runs * trained * ADAM_BYTES
+        return self.runs * self.cost.params * ADAM_BYTES
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Plan:
 
     recipe: RecipeConfig
 
-    @property
+    @cached_property
     def seed(self) -> Training:
         """The dense model up to where everything else begins."""
         return Training(SEED, self.recipe.seed)
@@ -91,6 +101,7 @@ class Plan:
             "optimizer": section.optimizer,
             "schedule": section.schedule,
             "train": section.train | {"steps": steps},
+            "parallel": section.parallel,
             "sync": section.sync,
             "jobs": section.jobs,
         }
@@ -139,16 +150,25 @@ class Plan:
     def decay(self) -> Training:
         """The mixture's last steps."""
         share = self.recipe.decay.share * self.budget
-        return self._decayed("decay", self.tune.config, stable=0, decay_flops=share)
+        return self._decayed("decay", self.tune, stable=0, decay_flops=share)
 
     @cached_property
     def dense(self) -> Training:
         """The seed going on alone, with what the mixture's arm spends."""
         spent = self.branch.flops + self.tune.flops + self.decay.flops
         decay_flops = self.recipe.decay.share * spent
-        per_step = tokens_per_step(self.recipe.seed) * flops_per_token(self.recipe.seed)
+        per_step = tokens_per_step(self.recipe.seed) * self.seed.flops_per_token
         stable = _whole((spent - decay_flops) / per_step, "budget", "baselines.dense")
-        return self._decayed("dense", self.recipe.seed, stable, spent - stable * per_step)
+        return self._decayed("dense", self.seed, stable, spent - stable * per_step)
+
+    def check(self) -> None:
+        """Make all configs, so that what is wrong is said before anything runs.
+
+        Raises:
+            ConfigError: naming section, field, value and fix.
+        """
+        for training in self.trainings:
+            training.config.mixtures()
 
     @property
     def trainings(self) -> list[Training]:
@@ -163,10 +183,10 @@ class Plan:
         values = merge(merge(seed, section.values()), own) | {"model": model}
         return build_config(RunConfig, values, name)
 
-    def _decayed(self, name: str, stable_run: RunConfig, stable: int, decay_flops: float) -> Training:
+    def _decayed(self, name: str, parent: Training, stable: int, decay_flops: float) -> Training:
         """A run that goes on from another one's last step: so many steps as before, then its decay."""
-        section, before = self.recipe.decay, stable_run.train.steps
-        per_step = tokens_per_step(stable_run) * flops_per_token(stable_run)
+        section, stable_run = self.recipe.decay, parent.config
+        before, per_step = stable_run.train.steps, tokens_per_step(stable_run) * parent.flops_per_token
         steps = before + stable + _whole(decay_flops / per_step, "decay.share", name)
         schedule = {
             **stable_run.schedule.model_dump(),
