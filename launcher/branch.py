@@ -20,13 +20,13 @@ from lightbulb.data.tokenizer import TokenizerError
 from lightbulb.experts.branch import NEXT, Branches
 from lightbulb.experts.branch_config import BranchConfig
 from lightbulb.experts.branch_scores import summarise
-from lightbulb.experts.jobs import JobError, printed, run_jobs
+from lightbulb.experts.jobs import JobError, JobsStopped, printed, run_jobs
 from lightbulb.folder import FolderError
 from lightbulb.train.checkpoint import CheckpointError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; gives the exit code."""
+    """Run the command; gives the exit code: 130 when a signal stopped it after its runs had saved."""
     parser = argparse.ArgumentParser(prog="lightbulb branch", description="Train one expert for each cluster.")
     parser.add_argument("config", metavar="CONFIG", help="config (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings such as run=runs/branches")
@@ -44,6 +44,9 @@ def main(argv: Sequence[str]) -> int:
             return 0
         run_jobs([branch.file for branch in branches.branches], branches.jobs)
         show(summarise(branches))
+    except JobsStopped as stop:
+        print(stop, file=sys.stderr)
+        return 130
     except (CheckpointError, ConfigError, DataError, FolderError, JobError, TokenizerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -24,10 +24,10 @@ from lightbulb.experts.jobs import JobsConfig
 from lightbulb.folder import explained, write_atomically
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError
 from lightbulb.train.config import RunConfig
-from lightbulb.train.manifest import complete_checkpoints, step_folder, step_of
-from lightbulb.train.origin import Origin, Parent, parent_of, read_origin, write_origin
+from lightbulb.train.fork import ForkPoint
+from lightbulb.train.manifest import complete_checkpoints, read_state, step_folder, step_of
+from lightbulb.train.origin import Origin, Parent, parent_of, write_origin
 from lightbulb.train.outer import parameter_names, trunk_names
-from lightbulb.train.schedule import learning_rate_factor
 
 RECORD, NEXT = "branches.json", "upcycle.yaml"
 SCHEDULE = {"warmup": 0.02, "decay": 0.0}
@@ -125,12 +125,9 @@ class Branches:
     def warnings(self) -> list[str]:
         """What should be known before the branches are trained, a sentence each."""
         found = []
-        factor = learning_rate_factor(self.seed.schedule, max(self._step - 1, 0), self.seed.train.steps)
-        if factor < 1 and self._step > round(self.seed.schedule.warmup * self.seed.train.steps):
-            found.append(
-                f"seed_run: at step {self._step} the seed's learning rate has decayed to {factor:.0%} of its peak; "
-                "branches do better from a checkpoint of the stable phase (at_step)"
-            )
+        start = ForkPoint(self.checkpoint, read_state(self.checkpoint), self.seed)
+        if start.unstable is not None and not start.state.is_untrained:
+            found.append(f"seed_run: {start.unstable}; branch from its stable phase (at_step), before the decay")
         for branch in self.branches:
             if branch.needs > branch.tokens:
                 found.append(
@@ -163,7 +160,7 @@ class Branches:
             with explained(branch.folder):
                 branch.folder.mkdir(exist_ok=True)
             save_config(branch.config, branch.file)
-            if read_origin(branch.folder) is None:
+            if not complete_checkpoints(branch.folder):
                 write_origin(branch.folder, Origin(kind="branch", parents=[parent], detail=detail))
         write_atomically(self.config.run / NEXT, self.upcycle_file())
 
@@ -203,7 +200,7 @@ class Branches:
         folder = step_folder(seed, listed[0] if wanted is None else wanted)
         if began is not None and parent_of(folder).digest != began.digest:
             raise CheckpointError(
-                f"{folder}: not the checkpoint that {self.config.run} was begun from; restore it, or set run to another "
+                f"{folder}: not the checkpoint that {self.config.run} was begun from; restore it, or set another run "
                 "folder"
             )
         if self.config.moments == "keep" and not Checkpoint(folder, verify=False).has_moments:

@@ -135,7 +135,7 @@ class History:
                 "rows": rows,
                 "rows_seen": min(samples, rows),  # every epoch of a group visits each row once
                 "samples": samples,
-                "epochs": samples / rows,
+                "epochs": samples / max(rows, 1),
                 "first_step": steps[name][0] if steps[name] else None,
                 "last_step": steps[name][-1] if steps[name] else None,
             }
@@ -160,7 +160,7 @@ class History:
 
     def _plain_uses(self, number: int, rows: np.ndarray) -> Iterator[Use]:
         """In the steps before the run had a mixture."""
-        samples, size = self._plain_samples(), len(self.loader.corpus)
+        samples, size = self._plain_samples(), int(self.sequence.sizes.sum())
         for epoch in range(-(-samples // size)):
             places = np.flatnonzero(np.isin(self.sequence.plain_order(epoch), rows))
             for place in places[places + epoch * size < samples]:

@@ -32,12 +32,13 @@ from lightbulb.train.accounts import DomainAccount, HeldOutTally, bytes_predicte
 from lightbulb.train.agreement import check_same_on_all_ranks
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into, newest_checkpoint
 from lightbulb.train.config import RunConfig
-from lightbulb.train.exchange import ExchangeError, Outer
+from lightbulb.train.exchange import ExchangeError
 from lightbulb.train.faults import StopSignal, fault_point, poisoned
 from lightbulb.train.first_weights import take_first_weights
 from lightbulb.train.kernels import use_kernels
 from lightbulb.train.ledger import Ledger, rewind_ledger
 from lightbulb.train.manifest import TrainState, set_aside_newer, step_folder, sweep
+from lightbulb.train.meeting import Outer
 from lightbulb.train.metrics import FILE_NAME, MetricsWriter, read_metrics
 from lightbulb.train.resume import check_resumable, settle_precision
 from lightbulb.train.save import Saver
@@ -306,31 +307,25 @@ class Trainer:
 
     def _meet(self) -> bool:
         """Bring the trunk together with the other branches', where that is due; False when a stop came before it."""
-        if self.outer is None:
+        if self.outer is None or not self.outer.is_due(self.step):
             return True
-        self.outer.tell(self.step)
-        while self.outer.is_due(self.step):
-            self.saver.settle()
-            try:
-                meeting = self.outer.meet(self.step)
-            except (ExchangeError, FolderError, RankError):
-                self._save_once()
-                raise
-            if meeting is None:
-                return False
-            self.metrics.write({"kind": "outer", "step": self.step, **meeting._asdict()})
-            if self._is_saved(self.step):  # before the meeting, when a stop came
-                self.save()
-        return True
-
-    def _is_saved(self, step: int) -> bool:
-        return on_rank_zero(lambda: step_folder(self.folder, step).exists())
+        self.saver.settle()
+        try:
+            meeting = self.outer.meet(self.step)
+        except (ExchangeError, FolderError, RankError):
+            self._save_once()
+            raise
+        if meeting is not None:
+            self.metrics.write({"kind": "outer", "step": self.step, "tokens": self.tokens, **meeting._asdict()})
+            if self.step == self.config.train.steps and on_rank_zero(step_folder(self.folder, self.step).exists):
+                self.save()  # what is there is of a stop before the meeting
+        return meeting is not None
 
     def _save_once(self) -> None:
         """Save this step, if it is not saved yet, and wait for it."""
         with self._watchdog.section("save", self.step):
             self.saver.wait()
-            if not self._is_saved(self.step):
+            if not on_rank_zero(step_folder(self.folder, self.step).exists):
                 self.save()
                 self.saver.wait()
 
