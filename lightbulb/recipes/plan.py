@@ -144,7 +144,8 @@ class Plan:
         left = self.budget - self.branch.flops - self.recipe.decay.share * self.budget
         steps = _whole(left / tokens_per_step(one) / flops_per_token(one), "budget", "tune")
         config = self._run("tune", model, self.recipe.tune, steps)
-        return Training("tune", config.model_copy(update={"start_from": str(self.upcycle.run)}))
+        again = {"start_from": str(self.upcycle.run), "seed": config.seed + 1}  # not the seed's samples once more
+        return Training("tune", config.model_copy(update=again))
 
     @cached_property
     def decay(self) -> Training:

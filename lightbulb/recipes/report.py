@@ -8,14 +8,14 @@ from typing import Any
 
 import orjson
 
+from lightbulb.evaluation.run_tree import draw_tree, run_tree
 from lightbulb.evaluation.specialisation import draw
 from lightbulb.folder import write_atomically
 from lightbulb.recipes.accounts import summarise
-from lightbulb.recipes.arms import ARMS, DENSE, ENSEMBLE, EVALUATION, MIXTURE
+from lightbulb.recipes.arms import ARMS, DENSE, ENSEMBLE, EVALUATION, MIXTURE, arm_runs
 from lightbulb.recipes.engine import duration
 from lightbulb.recipes.pictures import NAMES, accounts_figure, curves_figure, domains_figure
 from lightbulb.recipes.plan import Plan
-from lightbulb.recipes.tree import tree_figure
 from lightbulb.train.page import image, page, save_figure, section
 
 SUMMARY, PAGE = "summary.json", "report.html"
@@ -41,7 +41,7 @@ def write_report(plan: Plan) -> None:
     run = plan.recipe.run
     arms = orjson.loads((run / EVALUATION / ARMS).read_bytes())
     summary = summarise(plan, arms)
-    save_figure(tree_figure(plan), run / "tree.png")
+    draw_tree(run_tree([*plan.branch_runs, *arm_runs(plan).values()]), run / "tree.png")
     save_figure(curves_figure(plan, arms), run / "curves.png")
     save_figure(domains_figure(arms), run / "domains.png")
     for kind in ("cluster", "domain"):
@@ -56,9 +56,8 @@ def _page(plan: Plan, summary: Mapping[str, Any], run: Path) -> str:
     if plan.recipe.branch.sync is not None:
         lead += f", branches together every {plan.recipe.branch.sync.every} steps"
     pictures = [section(title, image(title, run / name)) for name, title in PICTURES.items()]
-    return page(
-        run.resolve().name, lead, [_scores(summary), *pictures[:3], _groups(summary), *pictures[3:], _costs(summary), _stages(plan, summary)]
-    )
+    parts = [_scores(summary), *pictures[:3], _groups(summary), *pictures[3:], _costs(summary), _stages(plan, summary)]
+    return page(run.resolve().name, lead, parts)
 
 
 def _scores(summary: Mapping[str, Any]) -> str:
