@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings such as branch.share=0.1")
     parser.add_argument("--plan", action="store_true", help="print stages, tokens, FLOPs, sizes and hours; do nothing")
     parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="with --plan: of the peak (0.4)")
-    parser.add_argument("--tflops", type=float, default=989.0, metavar="N", help="with --plan: a GPU's peak (989, H100)")
+    parser.add_argument(
+        "--tflops", type=float, default=989.0, metavar="N", help="with --plan: a GPU's peak (989, H100)"
+    )
     return parser
 
 
@@ -76,7 +78,9 @@ def show(summary: Mapping[str, Any], run: Path) -> None:
         column.justify = "right"
     for name, flops in summary["total_flops"].items():
         inference, parameters = summary["inference_flops_per_token"][name], summary["parameters"][name]
-        table.add_row(NAMES[name], f"{summary[f'{name}_bpb']:.4f}", f"{flops:.4g}", f"{inference:.4g}", f"{parameters:,}")
+        table.add_row(
+            NAMES[name], f"{summary[f'{name}_bpb']:.4f}", f"{flops:.4g}", f"{inference:.4g}", f"{parameters:,}"
+        )
     Console().print(table)
     print(f"report: {run / 'report.html'}")
     print(f"next: lightbulb generate {run / 'decay'} --prompt TEXT")

@@ -77,9 +77,12 @@ def spent_by_stage(plan: Plan) -> dict[str, Spent]:
 
 
 def seconds_by_stage(run: Path) -> dict[str, float]:
-    """Time spent on each stage so far."""
-    found = {path.stem: read_record(path) for path in (run / STAGES).glob("*.json")}
-    return {name: round(record.seconds, 1) for name, record in found.items() if record is not None}
+    """Time spent on each stage that is done, in the order in which they were."""
+    records = {path.stem: read_record(path) for path in (run / STAGES).glob("*.json")}
+    done = sorted(
+        (record.finished, name, record.seconds) for name, record in records.items() if record and record.finished
+    )
+    return {name: round(seconds, 1) for _, name, seconds in done}
 
 
 def _tokens_before(plan: Plan, training: Training) -> int:
@@ -94,5 +97,3 @@ def _tokens(run: Path) -> int:
         return int(orjson.loads(path.read_bytes())["tokens"])
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: no summary of a finished run ({error!r}); train it again") from None
-
-

@@ -183,9 +183,7 @@ def read_record(path: Path) -> Record | None:
     except (OSError, orjson.JSONDecodeError) as error:
         raise StageError(f"{path}: cannot be read ({error}); remove it and its stage's output to redo it") from None
     except ValidationError as error:
-        raise StageError(
-            f"{path}: {describe(error)[0]:.200}; remove it and its stage's output to redo it"
-        ) from None
+        raise StageError(f"{path}: {describe(error)[0]:.200}; remove it and its stage's output to redo it") from None
 
 
 def changes(before: Record, now: Record) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lightbulb.recipes.arms import DENSE, ENSEMBLE, MIXTURE, SEED
 from lightbulb.recipes.plan import Plan, Training
@@ -57,52 +57,53 @@ def curves_figure(plan: Plan, arms: Mapping[str, Any]) -> Figure:
     _limit(axis, plan)
     axis.legend(frameon=False, fontsize=8)
     style(axis, "Training: bits per byte of the batches, and of the held-out text (points)", "bits per byte")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set_xlabel("training FLOPs of the arm")
     return figure
 
 
 def domains_figure(arms: Mapping[str, Any]) -> Figure:
-    """Bits per byte by domain and by cluster, a bar for each arm."""
+    """Bits per byte by domain and by cluster, a point for each arm."""
     kinds = [kind for kind in ("domain_bpb", "cluster_bpb") if arms[SEED][kind]]
-    widths = [len(arms[SEED][kind]) for kind in kinds]
-    figure = Figure(figsize=(max(9, 1.5 * sum(widths)), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(kinds), squeeze=False, sharey=True, width_ratios=[max(w, 2) for w in widths])[0]
-    for axis, kind in zip(axes, kinds, strict=True):
-        groups, wide = list(arms[SEED][kind]), 0.8 / len(arms)
-        for number, (name, arm) in enumerate(arms.items()):
-            places = np.arange(len(groups)) + (number - (len(arms) - 1) / 2) * wide
-            values = [arm[kind].get(group, np.nan) for group in groups]
-            axis.bar(places, values, wide * 0.92, color=COLOURS[name], label=NAMES[name])
-        style(axis, f"By {kind.removesuffix('_bpb')}", "held-out bits per byte" if axis is axes[0] else "")
-        axis.set_xticks(np.arange(len(groups)), groups, fontsize=8)
-    axes[0].legend(frameon=False, fontsize=8)
+    rows = [(group, kind) for kind in kinds for group in arms[SEED][kind]]
+    figure = Figure(figsize=(9, 0.42 * len(rows) + 1.4), layout="constrained")
+    axis = figure.subplots()
+    for name, arm in arms.items():
+        values = [arm[kind].get(group, np.nan) for group, kind in rows]
+        axis.scatter(values, np.arange(len(rows)), s=60, color=COLOURS[name], label=NAMES[name], zorder=2)
+    style(axis, "", "")
+    axis.set_yticks(np.arange(len(rows)), [group for group, _ in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel("held-out bits per byte")
+    axis.xaxis.set_major_locator(MaxNLocator(8))
+    axis.margins(x=0.04)
+    figure.legend(frameon=False, fontsize=8, ncols=len(arms), loc="outside upper center")
     return figure
 
 
 def accounts_figure(summary: Mapping[str, Any]) -> Figure:
     """Training FLOPs by stage, inference FLOPs and parameters of each arm."""
     names = list(summary["total_flops"])
-    figure = Figure(figsize=(9, 0.55 * len(names) + 1.6), layout="constrained")
+    figure = Figure(figsize=(9, 0.5 * len(names) + 1.5), layout="constrained")
     training, inference, parameters = figure.subplots(1, 3, sharey=True, width_ratios=[2, 1, 1])
-    left = np.zeros(len(names))
-    stages = list(summary["tokens_by_stage"])
+    left, stages = np.zeros(len(names)), list(summary["tokens_by_stage"])
     for number, stage in enumerate(stages):
         values = np.array([summary["flops_by_stage"][name].get(stage, 0.0) for name in names])
         colour = colormaps["viridis"](0.1 + 0.8 * number / max(1, len(stages) - 1))
         training.barh(np.arange(len(names)), values, left=left, height=0.6, color=colour, label=stage)
         left += values
-    training.legend(frameon=False, fontsize=8, ncols=len(stages), loc="lower left", bbox_to_anchor=(0, 1.08))
     _bars(inference, [summary["inference_flops_per_token"][name] for name in names])
     _bars(parameters, [summary["parameters"][name] for name in names], [summary["active_parameters"][n] for n in names])
-    titles = {training: "", inference: "FLOPs of a predicted token", parameters: "Parameters (dark: active)"}
-    for axis, title in titles.items():
-        style(axis, title, "")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-        axis.tick_params(axis="x", labelsize=8)
-    training.set_xlabel("training FLOPs")
+    for axis, label in (
+        (training, "training FLOPs"), (inference, "FLOPs of a predicted token"), (parameters, "parameters (blue: active)"),
+    ):  # fmt: skip
+        style(axis, "", "")
+        axis.set_xlabel(label, fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(4 if axis is training else 2))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     training.set_yticks(np.arange(len(names)), [NAMES[name] for name in names])
     training.invert_yaxis()
+    figure.legend(*training.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=6, loc="outside upper center")
     return figure
 
 
@@ -156,5 +157,3 @@ def _limit(axis: Axes, plan: Plan) -> None:
     if seen:
         low, high = min(part.min() for part in seen), max(part.max() for part in seen)
         axis.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
-
-

@@ -153,7 +153,7 @@ def test_many_changes_are_cut(kitchen):
         "k0 was not set, is 0; k1 was not set, is 1; k2 was not set, is 2; k3 was not set, is 3 and 4 more"
     )
     assert changes(record, record.model_copy(update={"inputs": {}})) == ""
-    assert changes(now, record) .endswith("more")
+    assert changes(now, record).endswith("more")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (200, "3:20"), (3740, "1:02:20")])
