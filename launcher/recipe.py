@@ -65,9 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings such as branch.share=0.1")
     parser.add_argument("--plan", action="store_true", help="print stages, tokens, FLOPs, sizes and hours; do nothing")
     parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="with --plan: of the peak (0.4)")
-    parser.add_argument(
-        "--tflops", type=float, default=989.0, metavar="N", help="with --plan: a GPU's peak (989, H100)"
-    )
+    parser.add_argument("--tflops", type=float, default=989.0, metavar="N", help="with --plan: a device's peak (989)")
     return parser
 
 

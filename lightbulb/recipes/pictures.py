@@ -94,9 +94,12 @@ def accounts_figure(summary: Mapping[str, Any]) -> Figure:
         left += values
     _bars(inference, [summary["inference_flops_per_token"][name] for name in names])
     _bars(parameters, [summary["parameters"][name] for name in names], [summary["active_parameters"][n] for n in names])
-    for axis, label in (
-        (training, "training FLOPs"), (inference, "FLOPs of a predicted token"), (parameters, "parameters (blue: active)"),
-    ):  # fmt: skip
+    labels = {
+        training: "training FLOPs",
+        inference: "FLOPs per predicted token",
+        parameters: "parameters (blue: active)",
+    }
+    for axis, label in labels.items():
         style(axis, "", "")
         axis.set_xlabel(label, fontsize=9)
         axis.xaxis.set_major_locator(MaxNLocator(4 if axis is training else 2))

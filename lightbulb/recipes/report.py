@@ -92,12 +92,13 @@ def _groups(summary: Mapping[str, Any]) -> str:
 
 def _costs(summary: Mapping[str, Any]) -> str:
     """FLOPs and parameters of each arm."""
+    per_token = summary["inference_flops_per_token"]
     head = ["", "bits per byte", "training FLOPs", "FLOPs per predicted token", "parameters", "of them active"]
     rows = [
-        [NAMES[name], _bits(summary[f"{name}_bpb"]), f"{flops:.4g}", f"{summary['inference_flops_per_token'][name]:.4g}",
-         f"{summary['parameters'][name]:,}", f"{summary['active_parameters'][name]:,}"]
+        [NAMES[name], _bits(summary[f"{name}_bpb"]), f"{flops:.4g}", f"{per_token[name]:.4g}"]
+        + [f"{summary[kind][name]:,}" for kind in ("parameters", "active_parameters")]
         for name, flops in summary["total_flops"].items()
-    ]  # fmt: skip
+    ]
     note = "Training FLOPs: forward and backward of every token that was trained on, the seed's included."
     if ENSEMBLE in summary["total_flops"]:
         note += " The ensemble is of the branches as they are, and has spent no more than these."
