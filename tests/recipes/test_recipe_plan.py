@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from lightbulb.config import ConfigError, read_yaml
+from lightbulb.launcher.cli import COMMANDS
 from lightbulb.recipes.config import load_recipe
 from lightbulb.recipes.cost_table import Machine, cost_table, short, size
 from lightbulb.recipes.plan import Plan, flops_per_token, tokens_per_step
@@ -138,3 +139,19 @@ def test_the_table_of_costs(path):
 def test_units():
     assert [short(n) for n in (7, 1500, 2.5e6, 9.245e10, 1.05e12)] == ["7", "1.5 k", "2.5 M", "92.45 B", "1.05 T"]
     assert [size(n) for n in (5e5, 3.2e9, 1.109e12)] == ["0.5 MB", "3.2 GB", "1.109 TB"]
+
+
+def test_commands_of_the_documentation_are_commands():
+    text = (EXPERTS.parents[1] / "docs" / "recipe.md").read_text()
+    lines = [line.partition("#")[0].split() for line in text.splitlines() if line.startswith("lightbulb ")]
+    assert len(lines) > 8
+    for _, name, *arguments in lines:
+        assert name in COMMANDS
+        for argument in arguments:
+            if argument.startswith("configs/"):
+                assert (EXPERTS.parents[1] / argument).is_file(), argument
+        if name == "recipe":
+            path, *rest = (argument for argument in arguments if not argument.startswith("--") and "/" in argument)
+            overrides = [argument for argument in arguments if "=" in argument]
+            assert rest == [argument for argument in overrides if "/" in argument]
+            plan(*overrides, path=EXPERTS.parents[1] / path)
