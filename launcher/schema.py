@@ -13,6 +13,7 @@ from lightbulb.config import Config
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.experts.branch_config import BranchConfig
 from lightbulb.experts.upcycle_config import UpcycleConfig
+from lightbulb.recipes.config import RecipeConfig
 from lightbulb.train.config import RunConfig
 
 SCHEMAS: dict[str, type[Config]] = {
@@ -20,6 +21,7 @@ SCHEMAS: dict[str, type[Config]] = {
     "corpus": CorpusConfig,
     "branch": BranchConfig,
     "upcycle": UpcycleConfig,
+    "recipe": RecipeConfig,
 }
 # not a field: load_config reads and removes it
 BASE = {"type": "string", "description": "File, relative to this one, whose settings this file changes."}

@@ -12,6 +12,7 @@ from lightbulb.evaluation.proof import ProofConfig
 from lightbulb.experts.branch_config import BranchConfig
 from lightbulb.experts.mixture_model import mixture_config
 from lightbulb.experts.upcycle_config import load_upcycle_config
+from lightbulb.recipes.config import load_recipe
 from lightbulb.train.config import RunConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -29,6 +30,9 @@ def test_config_loads_and_costs_what_it_builds(path):
         return
     if "seed_run" in read_yaml(path):
         load_config(BranchConfig, path)
+        return
+    if "budget" in read_yaml(path):
+        load_recipe(path)  # its plan: tests/recipes
         return
     if "model" not in read_yaml(path):
         load_config(CorpusConfig, path)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightbulb.models.language import LanguageConfig, LanguageModel
+from lightbulb.models.trainable import Trainable, freeze, trained_names
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import initialise, logical_of, set_values, values_of
@@ -47,6 +48,7 @@ class Trial:
         micro_batch_size: contexts per forward pass of one rank.
         precision: of weights and activations; the reference computes in float32, or in float64 if this is fp64.
         variant: which of a proof's models this is; empty when there is one.
+        trainable: which parameters are trained, in the reference too.
     """
 
     model: LanguageConfig
@@ -59,6 +61,7 @@ class Trial:
     micro_batch_size: int = 1
     precision: Precision = "fp32"
     variant: str = ""
+    trainable: Trainable = "all"
 
     def label(self) -> str:
         """Model, layout and micro-batch size."""
@@ -160,6 +163,7 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
     The ``rank`` is there because :meth:`RankPool.run` passes one; call with 0.
     """
     model = trial.model.build()
+    freeze(model, trained_names(trial.model, trial.trainable))
     initialise(model, trial.seed)
     if trial.precision == "fp64":
         model.double()
@@ -194,7 +198,8 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
 def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) -> RankReport:
     """Train on a layout and compare everything this rank holds with the reference (a job of a rank pool)."""
     optimizer = trial.optimizer.model_copy(update={"clip_grad": reference.clip_grad})
-    engine = Engine(trial.model, trial.parallel, optimizer, trial.precision, trial.seed, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    engine = Engine(trial.model, trial.parallel, optimizer, trial.precision, trial.seed, cpu, trial.trainable)
     # Also the second copy of a tied table, which engine.named_parameters() leaves out.
     parameters = dict(engine.all_parameters())
     report = RankReport()

@@ -313,7 +313,10 @@ class LanguageModel(nn.Module):
             carried = list(self._input.split(self._received_widths, dim=-1))
         carried, _ = self.run_blocks(carried, context)
         if not self.post_process:
-            return carried[0] if len(carried) == 1 else torch.cat(carried, dim=-1)
+            sent = carried[0] if len(carried) == 1 else torch.cat(carried, dim=-1)
+            if torch.is_grad_enabled() and not sent.requires_grad:
+                sent.requires_grad_()  # nothing is trained up to here, but the schedule runs this stage's backward too
+            return sent
         x = self.norm(carried[0])
         if labels is None:
             return self._logits(x)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.models.stack import Stage
+from lightbulb.models.trainable import Trainable, freeze, trained_names
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import initialise, logical_of, set_values, stored_values
@@ -73,6 +74,10 @@ class Engine:
             fp64.
         seed: seeds the initial weights, dropout and router jitter.
         device: where this rank computes.
+        trainable: which parameters are trained; the others have neither gradients nor optimizer state.
+
+    Raises:
+        ValueError: the model cannot be split that way, or ``trainable`` names nothing in it.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Engine:
         precision: Precision,
         seed: int,
         device: torch.device,
+        trainable: Trainable = "all",
     ):
         model.check_parallel(parallel.degrees())
         megatron_cpu.install()
@@ -90,6 +96,7 @@ class Engine:
         self.model_config, self.parallel, self.optimizer_config = model, parallel, optimizer
         self.device, self.seed = device, seed
         self.optimizer_step = 0
+        self.trained = trained_names(model, trainable)
         stages = language_stages(model, parallel.num_stages, parallel.stages)
         mine = stages[parallel_state.get_pipeline_model_parallel_rank() :: parallel.pipeline]
         self.chunks: list[LanguageModel] = [self._build_chunk(stage, precision) for stage in mine]
@@ -223,6 +230,7 @@ class Engine:
 
     def _build_chunk(self, stage: Stage, precision: Precision) -> LanguageModel:
         chunk = self.model_config.build(stage)
+        freeze(chunk, self.trained)
         initialise(chunk, self.seed)
         _cast(chunk.to(self.device), precision)
         chunk.recompute = self.parallel.recompute

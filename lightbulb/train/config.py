@@ -8,6 +8,7 @@ import lightbulb.modifiers  # noqa: F401  (registers what model.modifiers can na
 from lightbulb.config import Config, ConfigError
 from lightbulb.data.config import DataConfig, MixtureConfig
 from lightbulb.models.language import LanguageConfig
+from lightbulb.models.trainable import Trainable, trained_names
 from lightbulb.ops import Kernels
 from lightbulb.parallel.optimizer import OptimizerConfig
 from lightbulb.parallel.pipeline_cut import language_stages
@@ -27,6 +28,9 @@ class TrainConfig(Config):
     """Contexts per step over all ranks."""
     micro_batch_size: int = Field(ge=1)
     """Contexts per forward pass of one rank."""
+    trainable: Trainable = "all"
+    """What is trained: all, routers, routers+experts, or patterns of parameter names such as blocks.*.token.*; the rest
+    stays as it is, without gradients or optimizer state. With LoRA, all are its updates."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Dtype of weights and activations; auto picks what the device is fast at. Masters and moments are fp32."""
     kernels: Kernels = "auto"
@@ -82,6 +86,15 @@ class RunConfig(Config):
                 f"train.global_batch_size {self.train.global_batch_size} is not a multiple of "
                 f"train.micro_batch_size {self.train.micro_batch_size}; choose a divisor"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> "RunConfig":
+        if self.train.trainable != "all":
+            try:
+                trained_names(self.model, self.train.trainable)
+            except ValueError as error:
+                raise ValueError(f"train.{error}") from None
         return self
 
     @model_validator(mode="after")

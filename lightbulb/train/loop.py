@@ -24,6 +24,7 @@ from lightbulb.data.loader import HeldOut, TrainLoader
 from lightbulb.data.mixture import OutOfRows
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.folder import FolderError, check_writable, claim
+from lightbulb.models.trainable import train_flops
 from lightbulb.parallel.collective import RankError, agree, on_rank_zero
 from lightbulb.parallel.engine import Engine, StepResult
 from lightbulb.parallel.host import Precision
@@ -210,7 +211,10 @@ class Trainer:
         precision: Precision = "bf16" if train.precision == "bf16" else "fp32"
         self.cost = model.cost()
         self.peak = peak_flops(self.device, precision)
-        self.engine = Engine(model, config.parallel, config.optimizer, precision, config.seed, self.device)
+        self.engine = Engine(
+            model, config.parallel, config.optimizer, precision, config.seed, self.device, train.trainable
+        )
+        self._train_flops = train_flops(model, self.engine.trained)
         self._cleanup.callback(self.engine.close)
         self.outer = Outer(config.outer, self.engine, self.folder, self._stop, self._watchdog) if config.outer else None
         self.loader = TrainLoader(
@@ -355,7 +359,9 @@ class Trainer:
 
     def _write_metrics(self, result: StepResult, lr: float, text_bytes: int, data_wait: float) -> None:
         rate = self._speed.tokens_per_second
-        achieved = rate * self.cost.train_flops
+        # Of all places of the contexts: those that have no label are computed too.
+        places = self.config.train.global_batch_size * self.config.model.context_length
+        achieved = places / max(self._speed.seconds_per_step, 1e-9) * self._train_flops
         routers = result.routers
         count = max(len(routers), 1)
         self.metrics.write(

@@ -30,6 +30,7 @@ RULES = {
     "data.part": Rule.FIXED,
     "train.global_batch_size": Rule.FIXED,
     "train.precision": Rule.FIXED,
+    "train.trainable": Rule.FIXED,  # what was frozen has no moments; start_from another run goes on with another choice
     "optimizer": Rule.SAID,  # also the betas: a lower learning rate or other betas are how spikes are cured
     "schedule": Rule.SAID,
     "train.steps": Rule.SAID,  # the schedule counts in fractions of it
