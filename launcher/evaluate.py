@@ -3,8 +3,8 @@
 Reads the newest checkpoint of each run (or a folder that `lightbulb pack` wrote) and the held-out split of a corpus.
 Writes RUN/evaluation.json (bits per byte by domain and cluster, expert use) and pictures of which experts tokens go to;
 with `--ensemble` OUT/evaluation.json for the runs as one cluster-weighted mixture. `--tasks` runs tasks of
-lm-eval-harness from local files (`pip install 'lightbulb[eval]'`). Known results are not computed again (`--again` does).
-See docs/evaluation.md; next: `lightbulb report RUN`.
+lm-eval-harness from local files (`pip install 'lightbulb[eval]'`). Known results are shown as they are, with `--again`
+they are computed again. See docs/evaluation.md.
 """
 
 import argparse

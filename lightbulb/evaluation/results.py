@@ -127,9 +127,7 @@ def _add(table: Table, name: str, values: Sequence[float | None]) -> None:
 
 def experts_table(results: Mapping[str, Result]) -> Table | None:
     """Specialisation of each layer with a router, or None where no result has one."""
-    table = Table(
-        "run", "layer", "bits", "of the most", "dead", "overloaded", title="What experts tell about the domain"
-    )
+    table = Table("run", "layer", "bits", "of the most", "dead", "overloaded", title="What experts tell of domains")
     table.columns[1].no_wrap = True
     for run, result in results.items():
         for name, layer in result.get("experts", {}).get("layers", {}).items():
