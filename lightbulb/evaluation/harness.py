@@ -252,8 +252,9 @@ def evaluate_tasks(subject: Subject, path: Path, again: bool = False) -> dict[st
     manager, names = _tasks_of(path, folder)
     file = subject.folder.resolve() / FILE
     on = {"tasks": _digest(folder)}
-    known = {name: find_task(file, name, subject.key | on) for name in names}
-    wanted = [name for name in names if again or known[name] is None]
+    kept = {name: None if again else find_task(file, name, subject.key | on) for name in names}
+    known = {name: result for name, result in kept.items() if result is not None}
+    wanted = [name for name in names if name not in known]
     if wanted:
         options = subject.options
         model = LightBulbLM(subject.folder.resolve(), options.batch_size, options.device, options.precision)
@@ -261,7 +262,7 @@ def evaluate_tasks(subject: Subject, path: Path, again: bool = False) -> dict[st
         for name in wanted:
             known[name] = {"key": model.subject.key | on} | results[name]
             record_task(file, name, known[name])
-    return known
+    return {name: known[name] for name in names}
 
 
 def _tasks_of(path: Path, folder: Path) -> tuple[TaskManager, list[str]]:
@@ -301,5 +302,5 @@ def _digest(folder: Path) -> str:
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
         hasher.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
-            hasher.update(hashlib.file_digest(file, "sha256").digest())  # type: ignore[arg-type]
+            hasher.update(hashlib.file_digest(file, "sha256").digest())
     return hasher.hexdigest()

@@ -1,11 +1,13 @@
-"""``evaluation.json``: results by what they are results of, and tables of several side by side."""
+"""``evaluation.json``: results by what they are results of; and the console: a bar, and tables of several runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import orjson
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lightbulb.config import ConfigError
@@ -101,6 +103,15 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
             f"ensemble: {ensemble['branches_in_use']:.2f} branches in use, {ensemble['flops_per_token']:.3g} FLOPs per "
             f"token; {found['out']}/{FILE}"
         )
+
+
+@contextmanager
+def reading_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that shows how many contexts a model has read."""
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("contexts"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def bits_table(results: Mapping[str, Result]) -> Table:

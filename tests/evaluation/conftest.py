@@ -1,16 +1,22 @@
 """A corpus of two domains in two clusters, and a run on it that was really trained."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from processes import Command
 from small_models import MODEL, text_of
 from training_runs import write_run_file
 
+from lightbulb.config import load_config
 from lightbulb.evaluation.held_out import HeldOutText
+from lightbulb.launcher import preprocess
+from lightbulb.parallel.host import process_group
+from lightbulb.train.config import RunConfig
+from lightbulb.train.loop import open_trainer
 
 WORDS = {"sums": "plus minus times equals number total", "tales": "wolf forest river night king castle"}
 
@@ -31,8 +37,7 @@ def clustered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokenizer": {"vocab_size": 512}, "embed": {}, "cluster": {"num_clusters": 2},
     }  # fmt: skip
     (root / "corpus.yaml").write_text(yaml.safe_dump(config))
-    command = Command("preprocess", [str(root / "corpus.yaml")], 1, {}, root / "output.txt")
-    assert command.wait() == 0, command.text()
+    assert preprocess.main([str(root / "corpus.yaml")]) == 0
     return root / "data"
 
 
@@ -42,8 +47,10 @@ def trained(clustered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     train = {"steps": 6, "global_batch_size": 8, "micro_batch_size": 4, "precision": "fp32"}
     file = write_run_file(root, clustered, "trained", model=MODEL, train=train)
-    command = Command("pretrain", [str(file)], 1, {}, root / "output.txt")
-    assert command.wait() == 0, command.text()
+    device = torch.device("cpu")
+    with process_group(device), open_trainer(load_config(RunConfig, file), device) as trainer:
+        assert trainer.run()
+        (root / "trained" / "summary.json").write_text(json.dumps(trainer.evaluate()))
     return root / "trained"
 
 

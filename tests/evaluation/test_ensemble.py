@@ -158,9 +158,14 @@ def test_a_later_token_never_changes_an_earlier_probability(
         tokens[:, place] = (tokens[:, place] + 7) % 300
         labels[:, place - 1] = tokens[:, place]
         changed = batch._replace(tokens=tokens, labels=labels)
-        before, after = (mixture(x := losses_of(models, b), ensemble.log_weights(b, x)) for b in (batch, changed))
+        losses = [losses_of(models, b) for b in (batch, changed)]
+        weights = [ensemble.log_weights(b, x) for b, x in zip((batch, changed), losses, strict=True)]
+        before, after = (mixture(x, w) for x, w in zip(losses, weights, strict=True))
         assert torch.equal(before[:, : place - 1], after[:, : place - 1])
         assert not torch.equal(before[:, place - 1 :], after[:, place - 1 :])
+        # weights of the changed label, too, do not depend on it
+        assert torch.equal(weights[0][..., :place], weights[1][..., :place])
+        assert kind == "uniform" or not torch.equal(weights[0], weights[1])
 
 
 @pytest.mark.parametrize("kind", ["tfidf", "likelihood"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,3 +143,12 @@ def test_a_damaged_file_of_results_is_named(trained: Path, clustered: Path, copy
     (run / FILE).write_text("{")
     with pytest.raises(ConfigError, match=r"evaluation.json: cannot be read .* remove the file"):
         evaluate_run(Subject(run, EvaluationConfig()), clustered)
+
+
+def test_tasks_without_the_harness_name_the_extra(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "lightbulb.evaluation.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as Python marks what cannot be imported
+    assert evaluate.main([str(trained), "--tasks", "tasks.yaml"]) == 1
+    assert "--tasks: needs lm_eval; install it with pip install 'lightbulb[eval]'" in capsys.readouterr().err
