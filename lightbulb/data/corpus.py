@@ -48,6 +48,7 @@ class Corpus:
         domains: the rows of each domain by themselves, or of each cluster of one.
         groups: rows and tokens of the same.
         digest: changes with any row of the split.
+        has_loss_mask: some rows say which tokens count towards the loss: the corpus holds conversations.
         tokenizer_digest: hash of the tokenizer the rows were written with.
         num_tokens: tokens of the documents in the split.
 
@@ -73,6 +74,7 @@ class Corpus:
                 )
         self.groups = {name: Group(domain.rows, domain.tokens) for name, domain in domains}
         self._shards = list(self.domains.values())
+        self.has_loss_mask = any(shards.has_loss_mask for shards in self._shards)
         self._ends = np.cumsum([domain.rows for _, domain in domains], dtype=np.int64).tolist()
         self.num_tokens = sum(domain.tokens for _, domain in domains)
         self.tokenizer_digest = manifest.tokenizer.digest

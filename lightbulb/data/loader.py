@@ -18,10 +18,9 @@ from lightbulb.data.config import DataConfig, DataError, MixtureConfig
 from lightbulb.data.corpus import Corpus
 from lightbulb.data.mixture import domain_of, resolve
 from lightbulb.data.sequence import Draw, SampleSequence
+from lightbulb.data.shards import IGNORED_LABEL, PADDING_DOCUMENT
 
-IGNORED_LABEL = -100
 PADDING_SAMPLE = -1
-PADDING_DOCUMENT = 0  # as data_prep/tokenise.py writes it
 
 
 class Batch(NamedTuple):
@@ -29,7 +28,7 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: inputs.
-        labels: the token after each input; ``IGNORED_LABEL`` where there is none.
+        labels: the token after each input; ``IGNORED_LABEL`` where there is none, or it does not count.
         document_ids: number of each input's document within its row, or None without ``document_mask``.
         sample_ids: place of each row in the endless sequence of epochs (held out: its number), whichever rank reads
             it; ``PADDING_SAMPLE`` where a batch has no row.
@@ -218,7 +217,7 @@ class TrainLoader:
     def _read(self, first: int, drawn: np.ndarray) -> _Step:
         """The step that begins with a sample; changes nothing but what is cached."""
         draw = self.sequence.draw(first, self.global_batch_size, drawn)
-        size, mask = self.micro_batch_size, self.data.document_mask
+        size, mask = self.micro_batch_size, _has_document_mask(self.data, self.corpus)
         starts = range(self._offset, self._offset + self._part, size)
         batches = [
             _batch(self.corpus, draw.part(i, i + size), np.arange(i, i + size) + first, size, mask) for i in starts
@@ -287,10 +286,11 @@ class HeldOut:
         return -(-len(self.rows) // (self.micro_batch_size * self._size))
 
     def __iter__(self) -> Iterator[Batch]:
+        mask = _has_document_mask(self.data, self.corpus)
         for step in range(len(self)):
             part = self._part(step)
             draw = Draw(self.rows[part], self._groups[part], None)
-            yield _batch(self.corpus, draw, draw.rows, self.micro_batch_size, self.data.document_mask)
+            yield _batch(self.corpus, draw, draw.rows, self.micro_batch_size, mask)
 
     def domains_of(self, step: int) -> tuple[list[int], np.ndarray]:
         """Numbers of the domains that the ranks' batches of a step hold together, and ``[batch]`` those of this rank's.
@@ -307,14 +307,19 @@ class HeldOut:
         return slice(start, start + self.micro_batch_size)
 
 
+def _has_document_mask(data: DataConfig, corpus: Corpus) -> bool:
+    return corpus.has_loss_mask if data.document_mask is None else data.document_mask
+
+
 def _batch(corpus: Corpus, draw: Draw, sample_ids: np.ndarray, size: int, document_mask: bool) -> Batch:
     """The samples as one batch of ``size``; rows that are missing hold no labels."""
     length = corpus.context_length + 1
     tokens = np.zeros((size, length), dtype=np.int64)
     documents = np.full((size, length), PADDING_DOCUMENT, dtype=np.int64)
-    for i, row in enumerate(draw.rows):
-        tokens[i], documents[i] = corpus[int(row)]
-    labels = np.where(documents[:, 1:] == PADDING_DOCUMENT, IGNORED_LABEL, tokens[:, 1:])
+    labels = np.full((size, corpus.context_length), IGNORED_LABEL, dtype=np.int64)
+    for i, number in enumerate(draw.rows):
+        row = corpus[int(number)]
+        tokens[i], documents[i], labels[i] = row.tokens, row.document_ids, row.labels()
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()),
         torch.from_numpy(labels),

@@ -47,7 +47,7 @@ def _rows(corpus: Corpus, model: LanguageConfig, tokens: int) -> list[list[int]]
     """Rows that are trained on, evenly spaced, of about so many tokens in all."""
     count = min(len(corpus), -(-tokens // model.context_length))
     rows = [corpus[number * len(corpus) // count] for number in range(count)]
-    return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents in rows]
+    return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents, _ in rows]
 
 
 def random_contexts(model: LanguageConfig, tokens: int, seed: int) -> list[list[int]]:
