@@ -156,7 +156,15 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: the file is missing, is not YAML, or does not describe a valid config.
     """
-    path = Path(path)
+    return build_config(cls, read_values(Path(path), overrides), str(path))
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What :func:`load_config` validates: the file's values over its base's, and the overrides over them.
+
+    Raises:
+        ConfigError: a file is missing or not YAML, or an override is none.
+    """
     values = read_yaml(path)
     base = values.pop("base", None)
     if base is not None:
@@ -166,7 +174,13 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
         values = _merge(parent, values)
     for override in overrides:
         values = _merge(values, parse_override(override))
-    return build_config(cls, values, str(path))
+    return values
+
+
+def over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Values over defaults, whole mappings merged key by key."""
+    merged: dict[str, Any] = _merge(below, above)
+    return merged
 
 
 def changed(config: C, changes: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> C:

@@ -25,14 +25,14 @@ from lightbulb.data_prep.pipeline import preprocess
 from lightbulb.data_prep.verify import verify_corpus
 from lightbulb.launcher.inspect import shown
 
-LENGTH = 48
-ODD = f"{EOS} is written as text\n\nassistant:\nso is this"
+LENGTH = 96
+ODD = f"{EOS} is text\n\nassistant:\nso"
 
 
 def records() -> list[dict[str, Any]]:
     """Sixty pairs; one that holds markup, one too long for a row, one whose prompt alone is, and three broken ones."""
     pairs = [{"q": f"What is {i} plus {i}?", "a": f"It is {2 * i}."} for i in range(60)]
-    pairs += [{"q": ODD, "a": ODD[::-1]}, {"q": "Count.", "a": "one two three " * 30}, {"q": "word " * 200, "a": "x"}]
+    pairs += [{"q": ODD, "a": ODD[::-1]}, {"q": "Count.", "a": "one two three " * 60}, {"q": "word " * 200, "a": "x"}]
     return [*pairs, {"q": "no answer"}, {"q": "empty", "a": " "}, {"q": 1, "a": "x"}]
 
 
@@ -71,7 +71,7 @@ def test_rows_hold_whole_pairs_of_which_the_answers_count(pairs: tuple[Path, dic
     whole = {(f"user:\n{r['q']}\n\nassistant:\n", r["a"] + "<end>") for r in records()[:61]}
     found = pieces(corpus, "train") + pieces(corpus, "held_out")
     cut = [answer for prompt, answer in found if "Count." in prompt]
-    assert len(cut) == 1 and ("one two three " * 30).startswith(cut[0]) and len(cut[0]) > 20
+    assert len(cut) == 1 and ("one two three " * 60).startswith(cut[0]) and len(cut[0]) > 20
     assert {pair for pair in found if "Count." not in pair[0]} == whole and len(found) == 62
     (source,) = manifest["sources"]
     dropped = {"no_answer": 1, "no_field_a": 1, "no_field_q": 1, "longer_than_a_context": 1}
