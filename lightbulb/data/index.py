@@ -51,8 +51,12 @@ class ShardEntry(Config):
 
     @model_validator(mode="after")
     def _columns_and_sizes_add_up(self) -> "ShardEntry":
-        if self.column_names not in (list(COLUMNS), [name for name in COLUMNS if name != OPTIONAL]):
-            raise ValueError(f"columns are {self.column_names}, expected {list(COLUMNS)}; write it with preprocess")
+        needed = [name for name in COLUMNS if name != OPTIONAL]
+        if self.column_names not in (needed, list(COLUMNS)):
+            raise ValueError(
+                f"columns are {self.column_names}, expected {needed}, with {OPTIONAL!r} between them or without; "
+                "write it with preprocess"
+            )
         encodings = [ENCODING.fullmatch(encoding) for encoding in self.column_encodings]
         known = [e for name, e in zip(self.column_names, encodings, strict=False) if e and e[1] in COLUMNS[name]]
         sizes = [int(e[2]) * np.dtype(e[1]).itemsize for e in known]
