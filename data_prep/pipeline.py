@@ -37,7 +37,7 @@ from lightbulb.data_prep.split import SPLITS, TRAIN, Split
 from lightbulb.data_prep.step import REPORT_NAME, Output, Step, digest
 from lightbulb.data_prep.tokenise import TOKENIZER_NAME, MakeTokenizer, Tokenise
 from lightbulb.data_prep.tokens import ReadTokens, TakeTokens
-from lightbulb.data_prep.turns import TOO_LONG, TokeniseTurns
+from lightbulb.data_prep.turns import CUT, TOO_LONG, TokeniseTurns
 from lightbulb.data_prep.work import Work, display
 from lightbulb.data_prep.write import CLUSTERS_NAME, Pack, Write
 from lightbulb.folder import FolderError, check_writable, claim, explained, sync_folder
@@ -137,6 +137,9 @@ class _Build:
         conversations = tuple(number for number, way in enumerate(config.too_long) if way is not None)
         if conversations:
             drops.add(TOO_LONG, tokens, counts)
+            for report in tokens.reports:
+                for source, number in report["cut"].items():
+                    counts[int(source)].repaired[CUT] += number
         related = self.relate(documents, split)
         clusters, order = related.clusters, related.order
         length, seed = config.context_length, config.seed

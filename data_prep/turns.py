@@ -4,6 +4,7 @@ Prompts and answers are encoded apart, so that a token never holds some of both,
 gives by itself when a model is asked.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from lightbulb.folder import explained
 
 COUNTED_NAME = "counted.bin"
 COUNTS_NAME = "counts.npy"
+CUT = "cut_to_a_context"
 TOO_LONG = "longer_than_a_context"
 
 
@@ -51,7 +53,7 @@ class TokeniseTurns(Tokenise):
         lengths: list[int] = []
         counts: list[int] = []
         dropped: list[int] = []
-        cut = 0
+        cut: Counter[int] = Counter()
         with (
             explained(task.out),
             (task.out / TOKENS_NAME).open("wb") as tokens,
@@ -62,7 +64,7 @@ class TokeniseTurns(Tokenise):
                     fitted = self._fitted(ids, counted, self.too_long[sources[number]])
                     if not fitted:
                         dropped.append(number)
-                    cut += 0 < fitted < len(ids)
+                    cut[int(sources[number])] += 0 < fitted < len(ids)
                     ids[:fitted].astype(dtype).tofile(tokens)
                     counted[:fitted].astype(np.uint8).tofile(flags)
                     lengths.append(fitted)
@@ -71,7 +73,8 @@ class TokeniseTurns(Tokenise):
         for name, values in ((LENGTHS_NAME, lengths), (COUNTS_NAME, counts), (DROPPED_NAME, dropped)):
             np.save(task.out / name, np.array(values, dtype=np.int64))
         found = {"documents": len(lengths) - len(dropped), "tokens": sum(lengths), "counted_tokens": sum(counts)}
-        return found | {"dtype": dtype, "cut": cut, "dropped": len(dropped)}
+        by_source = {str(source): count for source, count in sorted(cut.items())}
+        return found | {"dtype": dtype, "cut": by_source, "dropped": len(dropped)}
 
     def _encoded(
         self, batch: list[tuple[int, str, list[int]]], tokenizer: Tokenizer, threads: int

@@ -17,6 +17,8 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]) == Path(__file__).parent:
     del sys.path[0]  # as in pretrain.py
 
+import errno
+import shutil
 from functools import partial
 
 from lightbulb.config import ConfigError
@@ -27,8 +29,8 @@ from lightbulb.experts.receipt import RECEIPT, ReceiptError
 from lightbulb.folder import FolderError
 from lightbulb.launcher.pretrain import Prepared, make_parser, train
 from lightbulb.train.finetune import Finetuning, load_finetune_config
-from lightbulb.train.manifest import CheckpointError
-from lightbulb.train.origin import read_origin, write_origin
+from lightbulb.train.manifest import CheckpointError, step_folder
+from lightbulb.train.origin import Parent, parent_of, read_origin, write_origin
 
 MERGED = "merged"
 REFUSALS = (CheckpointError, ConfigError, DataError, FolderError, ReceiptError, TokenizerError)
@@ -46,7 +48,7 @@ def prepare(path: str, overrides: list[str]) -> Prepared:
 
 
 def finish(plan: Finetuning) -> int:
-    """Say in the run's folder that it was fine-tuned, and merge its updates, unless that has been done."""
+    """Say in the run's folder that it was fine-tuned, and merge the updates of its last step, unless that was done."""
     folder = Path(plan.run.run).expanduser()
     out = folder / MERGED
     try:
@@ -54,7 +56,8 @@ def finish(plan: Finetuning) -> int:
         if origin is not None and origin.kind == "start":
             detail = {"trainable": plan.run.train.trainable}
             write_origin(folder, origin.model_copy(update={"kind": "finetune", "detail": detail}))
-        if plan.merge and not (out / RECEIPT).exists():
+        if plan.merge and not _is_merged(out, parent_of(step_folder(folder, plan.run.train.steps))):
+            shutil.rmtree(out, ignore_errors=True)  # of an earlier step
             receipt = merge_updates(folder, out, plan.run.data.path.expanduser())
             assert receipt.comparison is not None
             print(f"merged: {out}; greatest difference of a logit {receipt.comparison.greatest_difference:.2g}")
@@ -62,6 +65,16 @@ def finish(plan: Finetuning) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_merged(out: Path, last: Parent) -> bool:
+    """Whether the folder holds this checkpoint's updates, merged; an empty or missing one does not."""
+    if not out.exists():
+        return False
+    origin = read_origin(out)
+    if origin is None or not (out / RECEIPT).exists():
+        raise FolderError(errno.EEXIST, f"{out}: no merged model of ours; move it away")
+    return origin.parents == [last]
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def test_rows_hold_whole_pairs_of_which_the_answers_count(pairs: tuple[Path, dic
     (source,) = manifest["sources"]
     dropped = {"no_answer": 1, "no_field_a": 1, "no_field_q": 1, "longer_than_a_context": 1}
     assert source["dropped"] == dropped and source["documents"] == 62
+    assert source["repaired"] == {"cut_to_a_context": 1}
     lineage = pq.read_table(corpus / "lineage" / "documents.parquet").to_pylist()
     (longest,) = (line for line in lineage if line["dropped"])
     assert (longest["dropped"], longest["split"], longest["tokens"]) == ("longer_than_a_context", None, 0)

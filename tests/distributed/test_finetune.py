@@ -33,7 +33,6 @@ from lightbulb.train.origin import read_origin
 CPU = torch.device("cpu")
 STEPS = 4
 SHORT = TRAIN | {"steps": STEPS, "save_every": 2, "eval_every": 0, "keep_checkpoints": 9}
-ROUTER = {"top_k": 1, "normalize_gates": False, "z_loss": 0.0}
 BLOCK = {
     "token": {"type": "attention", "num_heads": 4, "num_kv_heads": 2},
     "channel": {"type": "switch", "num_experts": 4, "hidden_dim": 32},
@@ -63,7 +62,7 @@ def tensors(run: Path, step: int = STEPS) -> dict[str, Tensor]:
 def base(ranks: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a small mixture."""
     folder = tmp_path_factory.mktemp("base")
-    config = {"run": str(folder / "base"), "model": MODEL, "data": {"path": str(corpus)}, "optimizer": {"lr": 5e-3}}
+    config = {"run": str(folder / "base"), "model": MODEL, "data": {"path": str(corpus)}, "optimizer": {"lr": 5e-4}}
     (folder / "base.yaml").write_text(yaml.safe_dump(config | {"train": SHORT}))
     ranks.run(1, pretrain, folder / "base.yaml")
     return folder / "base"
@@ -159,7 +158,12 @@ def test_updates_are_merged_into_plain_weights(
     path = tuning("tuned", lora={"rank": 4, "alpha": 64}, merge=True)
     ranks.run(1, finetune, path)
     plan = load_finetune_config(path)
-    assert finish(plan) == 0 and finish(plan) == 0
+    written = [finish(plan) or (tmp_path / "tuned" / "merged" / RECEIPT).stat().st_mtime_ns for _ in range(2)]
+    assert written[0] == written[1]  # once is enough
+    ranks.run(1, finetune, path, "train.steps=6")
+    assert finish(load_finetune_config(path, ["train.steps=6"])) == 0
+    merged = read_origin(tmp_path / "tuned" / "merged")
+    assert merged is not None and merged.parents[0].step == 6
     origin = read_origin(tmp_path / "tuned")
     assert origin is not None and origin.kind == "finetune" and Path(origin.parents[0].run) == base
     receipt = read_receipt(tmp_path / "tuned" / "merged" / RECEIPT)
@@ -174,7 +178,7 @@ def test_updates_are_merged_into_plain_weights(
 
 
 def skewed(base: Path, corpus: Path, out: Path) -> Path:
-    """The base with routers that send nearly every token to the first expert."""
+    """The base with routers that send nearly every token to the same experts."""
     source = RunSource(base)
     model, seen = build_model(source), dict[str, Tensor]()
     for name, module in model.named_modules():
@@ -186,7 +190,7 @@ def skewed(base: Path, corpus: Path, out: Path) -> Path:
     values = {name: source.read(name).clone() for name in source.names()}
     for name, mean in seen.items():
         values[f"{name}.weight"] = torch.zeros_like(values[f"{name}.weight"]).normal_(0, 0.02)
-        values[f"{name}.weight"][0] += mean / mean.norm()
+        values[f"{name}.weight"][0] += 0.5 * mean / mean.norm()
         values[f"{name}.load"] = torch.full((4,), 0.25)
     pieces = [whole(name, tuple(v.shape), v.clone) for name, v in values.items()]
     out.mkdir()
@@ -206,13 +210,13 @@ def test_the_balance_loss_evens_the_loads_of_tuned_routers(
     start = str(skewed(base, corpus, tmp_path / "skewed"))
     ends = {}
     for alpha in (0.0, 1.0):
-        path = tuning(f"alpha-{alpha}", "routers", start_from=start, optimizer={"lr": 2e-2})
+        path = tuning(f"alpha-{alpha}", "routers", start_from=start, optimizer={"lr": 5e-3})
         setting = f"model.block_pattern.0.channel.router.balance_loss={alpha}"
-        ranks.run(1, finetune, path, "train.steps=30", "train.save_every=0", setting)
+        ranks.run(1, finetune, path, "train.steps=60", "train.save_every=0", setting)
         loads = greatest_loads(path.with_suffix(""))
-        assert loads[0] > 0.7
-        ends[alpha] = loads[-1]
-    assert ends[1.0] < 0.45 < ends[0.0]
+        assert loads[0] > 0.45  # with two experts of each token 0.5 is the most
+        ends[alpha] = sum(loads[-10:]) / 10
+    assert ends[1.0] < 0.38 < 0.45 < ends[0.0]
 
 
 def test_wrong_files_are_errors(tuning: Callable[..., Path], tmp_path: Path, base: Path) -> None:
