@@ -76,9 +76,8 @@ class DataConfig(Config):
     shuffle: bool = True
     """Visit the training rows in a new order each epoch; without it, in the order they were written."""
 
-    document_mask: bool | None = None
-    """Give the model each token's document, so that no token sees another document of its row. None does so where the
-    corpus holds conversations."""
+    document_mask: bool = False
+    """Give the model each token's document, so that no token sees another document of its row."""
 
     mixture: Mixture | None = None
     """How often each domain or cluster is drawn, or a file that says it; none visits every row once per epoch."""

@@ -23,6 +23,7 @@ GROUP = r"^[a-z0-9][a-z0-9_-]{0,63}(/cluster-[0-9]{2,4})?$"
 class _Domain(BaseModel):
     rows: StrictInt
     tokens: StrictInt
+    counted_tokens: StrictInt | None = None
     index_sha256: str
 
 
@@ -48,7 +49,6 @@ class Corpus:
         domains: the rows of each domain by themselves, or of each cluster of one.
         groups: rows and tokens of the same.
         digest: changes with any row of the split.
-        has_loss_mask: some rows say which tokens count towards the loss: the corpus holds conversations.
         tokenizer_digest: hash of the tokenizer the rows were written with.
         num_tokens: tokens of the documents in the split.
 
@@ -74,7 +74,6 @@ class Corpus:
                 )
         self.groups = {name: Group(domain.rows, domain.tokens) for name, domain in domains}
         self._shards = list(self.domains.values())
-        self.has_loss_mask = any(shards.has_loss_mask for shards in self._shards)
         self._ends = np.cumsum([domain.rows for _, domain in domains], dtype=np.int64).tolist()
         self.num_tokens = sum(domain.tokens for _, domain in domains)
         self.tokenizer_digest = manifest.tokenizer.digest
@@ -87,6 +86,15 @@ class Corpus:
     def __getitem__(self, row: int) -> Row:
         domain = bisect_right(self._ends, row)
         return self._shards[domain][row - (self._ends[domain - 1] if domain else 0)]
+
+
+def holds_conversations(path: Path) -> bool:
+    """Whether a corpus says which tokens count towards the loss; not if it cannot be read, which its user will find."""
+    try:
+        manifest = _read_manifest(path)
+    except DataError:
+        return False
+    return any(group.counted_tokens is not None for groups in manifest.splits.values() for group in groups.values())
 
 
 def _read_manifest(path: Path) -> _Manifest:

@@ -77,11 +77,6 @@ class ShardEntry(Config):
         return np.dtype([(name, match[1], int(match[2])) for name, match in columns if match is not None])
 
     @property
-    def has_loss_mask(self) -> bool:
-        """Whether rows say which tokens count towards the loss."""
-        return OPTIONAL in self.column_names
-
-    @property
     def row_length(self) -> int:
         """Tokens in each row."""
         return self.row["tokens"].shape[0]

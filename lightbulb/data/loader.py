@@ -217,7 +217,7 @@ class TrainLoader:
     def _read(self, first: int, drawn: np.ndarray) -> _Step:
         """The step that begins with a sample; changes nothing but what is cached."""
         draw = self.sequence.draw(first, self.global_batch_size, drawn)
-        size, mask = self.micro_batch_size, _has_document_mask(self.data, self.corpus)
+        size, mask = self.micro_batch_size, self.data.document_mask
         starts = range(self._offset, self._offset + self._part, size)
         batches = [
             _batch(self.corpus, draw.part(i, i + size), np.arange(i, i + size) + first, size, mask) for i in starts
@@ -286,11 +286,10 @@ class HeldOut:
         return -(-len(self.rows) // (self.micro_batch_size * self._size))
 
     def __iter__(self) -> Iterator[Batch]:
-        mask = _has_document_mask(self.data, self.corpus)
         for step in range(len(self)):
             part = self._part(step)
             draw = Draw(self.rows[part], self._groups[part], None)
-            yield _batch(self.corpus, draw, draw.rows, self.micro_batch_size, mask)
+            yield _batch(self.corpus, draw, draw.rows, self.micro_batch_size, self.data.document_mask)
 
     def domains_of(self, step: int) -> tuple[list[int], np.ndarray]:
         """Numbers of the domains that the ranks' batches of a step hold together, and ``[batch]`` those of this rank's.
@@ -305,10 +304,6 @@ class HeldOut:
         """Where this rank's rows of a step are."""
         start = (step * self._size + self._rank) * self.micro_batch_size
         return slice(start, start + self.micro_batch_size)
-
-
-def _has_document_mask(data: DataConfig, corpus: Corpus) -> bool:
-    return corpus.has_loss_mask if data.document_mask is None else data.document_mask
 
 
 def _batch(corpus: Corpus, draw: Draw, sample_ids: np.ndarray, size: int, document_mask: bool) -> Batch:

@@ -26,8 +26,6 @@ HASHERS: dict[str, Callable[[], Any]] = {
     "xxh64": xxhash.xxh64,
 }
 READ_BYTES = 1 << 20
-
-
 IGNORED_LABEL = -100
 PADDING_DOCUMENT = 0  # as data_prep/pack.py has it
 
@@ -73,7 +71,6 @@ class Shards:
                     f"{context_length + 1}; set context_length={shard.row_length - 1} or run preprocess with yours"
                 )
         self._dtypes = [shard.row for shard in index.shards]
-        self.has_loss_mask = any(shard.has_loss_mask for shard in index.shards)
         self._readers = [reader_from_json(str(folder), None, entry) for entry in entries]
         self._ends = np.cumsum([shard.samples for shard in index.shards], dtype=np.int64).tolist()
         self._verified = [False] * len(self._files)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightbulb.config import ConfigError, build_config, load_config, over, read_values
+from lightbulb.data.corpus import holds_conversations
 from lightbulb.train.config import RunConfig
 
 LORA = "lora"
@@ -39,6 +40,9 @@ def load_finetune_config(path: str | Path, overrides: list[str] | tuple[str, ...
     train = values.get("train")
     trainable = train.get("trainable", "all") if isinstance(train, dict) else "all"
     defaults = _defaults(start, is_whole=updates is None and trainable == "all")
+    data = values.get("data")
+    if isinstance(data, dict) and holds_conversations(Path(str(data.get("path"))).expanduser()):
+        defaults["data"] = {"document_mask": True}  # else a pair would see the pairs before it in its row
     run = build_config(RunConfig, over(defaults, values), str(path))
     if updates is not None:
         run = _with_updates(run, updates, str(path))

@@ -140,6 +140,8 @@ def test_equality_of_answers_on_two_data_ranks(
 ) -> None:
     data = {"path": str(write_pairs(tmp_path, corpus))}
     one, two = tuning("one", data=data), tuning("two", data=data)
+    assert load_finetune_config(one).run.data.document_mask
+    assert not load_finetune_config(one, ["data.document_mask=false"]).run.data.document_mask
     (alone,) = ranks.run(1, finetune, one, "train.micro_batch_size=8")
     together = ranks.run(2, finetune, two, "train.micro_batch_size=1")
     for step, loss in losses(tmp_path / "one").items():
