@@ -156,27 +156,25 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: the file is missing, is not YAML, or does not describe a valid config.
     """
-    path = Path(path)
-    values = read_values(path)
-    for override in overrides:
-        values = merge(values, parse_override(override))
-    return build_config(cls, values, str(path))
+    return build_config(cls, read_values(Path(path), overrides), str(path))
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """A YAML mapping, merged over that of its ``base:`` file if it names one.
+def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What :func:`load_config` validates: the file's values over its base's, and the overrides over them.
 
     Raises:
-        ConfigError: a file is missing, is not YAML, or has a base although it is one.
+        ConfigError: a file is missing or not YAML, or an override is none.
     """
     values = read_yaml(path)
     base = values.pop("base", None)
-    if base is None:
-        return values
-    parent = read_yaml(path.parent / str(base))
-    if "base" in parent:
-        raise ConfigError(f"{path}: base {base!r} has a base of its own; only one level of inheritance is allowed")
-    return merge(parent, values)
+    if base is not None:
+        parent = read_yaml(path.parent / str(base))
+        if "base" in parent:
+            raise ConfigError(f"{path}: base {base!r} has a base of its own; only one level of inheritance is allowed")
+        values = merge(parent, values)
+    for override in overrides:
+        values = merge(values, parse_override(override))
+    return values
 
 
 def changed(config: C, changes: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> C:
@@ -185,9 +183,9 @@ def changed(config: C, changes: dict[str, Any], overrides: Sequence[str] = (), s
     Raises:
         ConfigError: what comes out is not valid.
     """
-    values = _merge(config.model_dump(mode="json"), changes)
+    values = merge(config.model_dump(mode="json"), changes)
     for text in overrides:
-        values = _merge(values, parse_override(text))
+        values = merge(values, parse_override(text))
     return build_config(type(config), values, source)
 
 

@@ -58,7 +58,7 @@ def _rows(corpus: Corpus, mixture: MixtureConfig, model: LanguageConfig, tokens:
     places = np.minimum((middles - begins[groups]) / np.diff(begins)[groups] * sizes, sizes - 1).astype(int)
     chosen = dict.fromkeys(zip(groups.tolist(), places.tolist(), strict=True))  # no row of a few twice
     found = [shards[group][place] for group, place in chosen]
-    return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents in found]
+    return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents, _ in found]
 
 
 def random_contexts(model: LanguageConfig, tokens: int, seed: int) -> list[list[int]]:
