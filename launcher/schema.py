@@ -11,10 +11,16 @@ from collections.abc import Sequence
 
 from lightbulb.config import Config
 from lightbulb.data_prep.config import CorpusConfig
+from lightbulb.experts.fuse_config import FuseConfig
 from lightbulb.experts.upcycle_config import UpcycleConfig
 from lightbulb.train.config import RunConfig
 
-SCHEMAS: dict[str, type[Config]] = {"run": RunConfig, "corpus": CorpusConfig, "upcycle": UpcycleConfig}
+SCHEMAS: dict[str, type[Config]] = {
+    "run": RunConfig,
+    "corpus": CorpusConfig,
+    "upcycle": UpcycleConfig,
+    "fuse": FuseConfig,
+}
 # not a field: load_config reads and removes it
 BASE = {"type": "string", "description": "File, relative to this one, whose settings this file changes."}
 
@@ -23,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; gives the exit code."""
     parser = argparse.ArgumentParser(prog="lightbulb schema", description=__doc__.partition(":")[0] + ".")
     parser.add_argument(
-        "name", choices=SCHEMAS, help="run: of lightbulb pretrain; corpus: of preprocess; upcycle: of upcycle"
+        "name", choices=SCHEMAS, help="run: of lightbulb pretrain; corpus: of preprocess; upcycle and fuse: of upcycle"
     )
     schema = SCHEMAS[parser.parse_args(argv).name].model_json_schema()
     schema["properties"] = {"base": BASE} | schema["properties"]

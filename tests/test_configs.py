@@ -9,19 +9,24 @@ from lightbulb.config import load_config, read_yaml
 from lightbulb.data.config import MixtureConfig
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.evaluation.proof import ProofConfig
+from lightbulb.experts.fuse_config import FuseConfig, is_fuse
 from lightbulb.experts.mixture_model import mixture_config
 from lightbulb.experts.upcycle_config import load_upcycle_config
 from lightbulb.train.config import RunConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 EXPERTS = Path(__file__).parent.parent / "configs" / "experts"
-UPCYCLING = [path for path in sorted(EXPERTS.glob("*.yaml")) if {"method", "sources"} & set(read_yaml(path))]
+FUSING = [path for path in sorted(EXPERTS.glob("*.yaml")) if is_fuse(path)]
+UPCYCLING = [p for p in sorted(EXPERTS.glob("*.yaml")) if {"method", "sources"} & set(read_yaml(p)) and p not in FUSING]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_config_loads_and_costs_what_it_builds(path):
     if path in UPCYCLING:
         load_upcycle_config(path)
+        return
+    if path in FUSING:
+        load_config(FuseConfig, path)
         return
     if path.parent.name == "mixes":
         load_config(MixtureConfig, path)

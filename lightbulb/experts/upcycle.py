@@ -16,6 +16,7 @@ from lightbulb.config import ConfigError
 from lightbulb.data.config import DataConfig
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.experts.cluster_text import contexts_of, random_contexts
+from lightbulb.experts.moments import moment_pieces, updates_so_far
 from lightbulb.experts.pieces import Merge
 from lightbulb.experts.receipt import (
     Comparison,
@@ -64,13 +65,15 @@ def upcycle(config: UpcycleConfig) -> Receipt:
     _check_tokenizers(sources)
     tensors_in = _digests(merge)
     reference = _reference(merge, tensors_in)
+    updates = updates_so_far(merge) if config.moments == "keep" else 0
     with built_beside(out) as folder:
         merge.compare_with_seed()
         if config.router_start.kind != "random":
             merge.routers = learned_routers(merge, _cluster_texts(merge))
         tokenizer = next((source.tokenizer_path for source in sources if source.tokenizer_path.is_file()), None)
         content = tokenizer.read_text("utf-8") if tokenizer else None
-        tensors_out = write_run(folder, run_config(merge), merge.pieces(), content)
+        moments = moment_pieces(merge) if config.moments == "keep" else ()
+        tensors_out = write_run(folder, run_config(merge), merge.pieces(), content, moments, updates)
         comparison, routers = _run_on_text(merge, folder, reference)
         if comparison is not None:
             comparison.check(str(out))
@@ -192,6 +195,8 @@ def _cluster_texts(merge: Merge) -> list[list[list[int]]]:
 def _notes(merge: Merge, reference: Reference, routers: dict[str, RouterRecord]) -> list[str]:
     """What the numbers do not say."""
     notes = [f"equality: {reference.why}"]
+    if merge.config.moments == "keep":
+        notes.append("the optimizer's moments are the sources', zero for what is new")
     if merge.deltas is not None:
         distances, cosines = merge.deltas.distances(), merge.deltas.cosines()
         for number, distance in enumerate(distances):

@@ -93,6 +93,9 @@ class UpcycleConfig(Config):
     """Share of the hidden units that ``drop`` draws anew in each expert."""
     shards: int = Field(1, ge=1)
     """Parts that ``virtual-group`` cuts each channel mixer into."""
+    moments: Literal["zero", "keep"] = "zero"
+    """The optimizer's moments in the written checkpoint: none, or those of the sources, moved, averaged and zeroed as
+    the weights are; ``start_from_moments`` of another run reads them."""
     shared_expert: bool = False
     """Keep the dense channel mixer as an expert for all tokens, and start the routed ones with outputs of zero."""
     data: DataConfig | None = None

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 import lightbulb.modifiers  # noqa: F401  (registers what model.modifiers can name)
 from lightbulb.config import Config, ConfigError
 from lightbulb.data.config import DataConfig, MixtureConfig
+from lightbulb.data.soft_targets import DistilConfig
 from lightbulb.models.language import LanguageConfig
 from lightbulb.ops import Kernels
 from lightbulb.parallel.optimizer import OptimizerConfig
@@ -59,6 +60,8 @@ class RunConfig(Config):
     start_from: str | None = None
     """Folder of a run whose newest checkpoint gives the initial weights, by name; parameters it lacks keep theirs. Used
     while this run has no checkpoint of its own."""
+    start_from_moments: bool = False
+    """Take the optimizer's moments from there too, and their number of updates: the run goes on warm."""
     seed: int = Field(1234, ge=0)
     """Seeds initial weights and the order of the data."""
     model: LanguageConfig
@@ -67,6 +70,7 @@ class RunConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
+    distil: DistilConfig | None = None
     prompts: list[str] = []
     """Prompts to complete when the run ends."""
 
@@ -77,6 +81,12 @@ class RunConfig(Config):
                 f"train.global_batch_size {self.train.global_batch_size} is not a multiple of "
                 f"train.micro_batch_size {self.train.micro_batch_size}; choose a divisor"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _moments_come_from_somewhere(self) -> "RunConfig":
+        if self.start_from_moments and self.start_from is None:
+            raise ValueError("start_from_moments: no start_from to take moments from; name a run, or leave it out")
         return self
 
     @model_validator(mode="after")

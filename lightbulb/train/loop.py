@@ -217,7 +217,7 @@ class Trainer:
         self._cleanup.callback(self.engine.close)
         self.loader = TrainLoader(
             config.data, model.context_length, model.vocab_size, config.seed, train.global_batch_size,
-            train.micro_batch_size, self.engine.data_rank, data, config.mixtures(),
+            train.micro_batch_size, self.engine.data_rank, data, config.mixtures(), config.distil,
         )  # fmt: skip
         self._cleanup.callback(self.loader.close)
         tokenizer = config.data.path.expanduser() / "tokenizer.json"
@@ -279,7 +279,7 @@ class Trainer:
         try:
             if checkpoint is None:
                 raise CheckpointError(f"start_from: {run}: {problems[0] if problems else 'has no checkpoint'}")
-            missing = start_from(self.engine, checkpoint)
+            missing = start_from(self.engine, checkpoint, self.config.start_from_moments)
         except CheckpointError as caught:
             error = caught
         agree(error)
@@ -375,6 +375,7 @@ class Trainer:
                 "expert_load": {layer: router["load"] for layer, router in routers.items()},
                 "router_entropy": {layer: router["entropy"] for layer, router in routers.items()},
                 **self.account.record(),
+                **({"divergence": result.divergence} if self.config.distil else {}),
             }
         )
 

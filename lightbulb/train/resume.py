@@ -36,6 +36,7 @@ RULES = {
     "data.stages": Rule.SAID,
     "data.path": Rule.SAID,  # the same corpus elsewhere: its digest is compared when the loader resumes
     "run": Rule.FREE,
+    "start_from_moments": Rule.FREE,
     "start_from": Rule.FREE,  # where weights came from before there was a checkpoint
     "prompts": Rule.FREE,
     "parallel": Rule.FREE,
