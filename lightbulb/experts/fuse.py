@@ -202,9 +202,7 @@ def fused(opinions: Sequence[Opinion], weights: Tensor, top_k: int) -> tuple[Ten
     shares = has / has.sum(0).clamp_min(1e-12)
     ids = torch.cat([opinion.ids.masked_fill(opinion.probabilities == 0, -1) for opinion in opinions], dim=-1)
     weighted = [o.probabilities * share[..., None] for o, share in zip(opinions, shares, strict=True)]
-    rows = zip(ids, torch.cat(weighted, dim=-1), strict=True)  # one at a time: all pairs of tokens are compared
-    best = [combined(row, probabilities, top_k) for row, probabilities in rows]
-    return torch.stack([row for row, _ in best]), torch.stack([probabilities for _, probabilities in best])
+    return combined(ids, torch.cat(weighted, dim=-1), top_k)
 
 
 def _receipt(

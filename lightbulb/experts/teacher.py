@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightbulb.config import ConfigError
 from lightbulb.data.corpus import Corpus
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.experts.source import Source, build_model
@@ -39,12 +40,20 @@ class Teacher:
         student: tokenizer of the rows.
         top_k: tokens to keep.
         document_mask: keep the documents of a row apart, as the student does.
+
+    Raises:
+        ConfigError: the source's tokenizer is another model's.
     """
 
     def __init__(self, source: Source, student: Tokenizer, top_k: int, document_mask: bool):
         self.device, self.top_k, self.document_mask = pick_device(), top_k, document_mask
         self.vocab_size = student.vocab_size
         own = Tokenizer.load(source.tokenizer_path)
+        if own.vocab_size > source.model_config.vocab_size:
+            raise ConfigError(
+                f"{source.path}: its tokenizer has {own.vocab_size} entries, its model rows for "
+                f"{source.model_config.vocab_size}; give it its own tokenizer.json"
+            )
         self.translation = None if has_same_vocabulary(own, student) else Translation(own, student)
         self.length = source.model_config.context_length
         self.model = build_model(source).to(self.device)
@@ -105,11 +114,11 @@ def combined(ids: Tensor, probabilities: Tensor, top_k: int) -> tuple[Tensor, Te
         probabilities: ``[..., n]``.
         top_k: tokens to keep.
     """
-    probabilities = probabilities.masked_fill(ids < 0, 0.0)
-    same = ids[..., :, None] == ids[..., None, :]
-    total = (same * probabilities[..., None, :]).sum(-1)
-    is_first = ~(same & torch.ones(same.shape[-2:], dtype=torch.bool).tril(-1)).any(-1)
-    total = total * is_first
+    ids, order = ids.sort(dim=-1)
+    ordered = probabilities.gather(-1, order).masked_fill(ids < 0, 0.0)
+    group = nn.functional.pad(ids[..., 1:] != ids[..., :-1], (1, 0)).long().cumsum(-1)
+    total = torch.zeros_like(ordered).scatter_add(-1, group, ordered)
+    token = torch.zeros_like(ids).scatter(-1, group, ids.clamp_min(0))
     missing = max(0, top_k - ids.shape[-1])
     best = nn.functional.pad(total, (0, missing)).topk(top_k, dim=-1)
-    return nn.functional.pad(ids.clamp_min(0), (0, missing)).gather(-1, best.indices), best.values
+    return nn.functional.pad(token, (0, missing)).gather(-1, best.indices), best.values

@@ -75,10 +75,12 @@ class Translation:
         return Alignment(ids, ours, theirs)
 
     def translated(self, ids: Tensor) -> Tensor:
-        """The student's tokens for the source's, of any shape; -1 where there is none."""
+        """The student's tokens for the source's, of any shape; -1 where there is none, as for rows of a model's
+        vocabulary that its tokenizer does not use."""
+        is_used, ids = ids < len(self._map), ids.clamp(max=len(self._map) - 1)
         for unknown in np.unique(ids[torch.from_numpy(self._map)[ids] == _UNKNOWN].numpy()):
             self._map[unknown] = self._nearest(self._source_bytes[unknown])
-        return torch.from_numpy(self._map)[ids]
+        return torch.from_numpy(self._map)[ids].masked_fill(~is_used, _NONE)
 
     def _align_text(self, row: Sequence[int]) -> Alignment:
         """A part of one document, which may begin and end within a letter: those bytes are left out."""
