@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightbulb.config import ConfigError
 from lightbulb.data.corpus import Corpus
 from lightbulb.data.tokenizer import Tokenizer
+from lightbulb.experts.memory import check_memory
 from lightbulb.experts.source import Source, build_model
 from lightbulb.experts.translate import Translation, has_same_vocabulary
 from lightbulb.parallel.host import pick_device
@@ -42,7 +43,7 @@ class Teacher:
         document_mask: keep the documents of a row apart, as the student does.
 
     Raises:
-        ConfigError: the source's tokenizer is another model's.
+        ConfigError: the source's tokenizer is another model's, or the source does not fit into memory.
     """
 
     def __init__(self, source: Source, student: Tokenizer, top_k: int, document_mask: bool):
@@ -56,6 +57,7 @@ class Teacher:
             )
         self.translation = None if has_same_vocabulary(own, student) else Translation(own, student)
         self.length = source.model_config.context_length
+        check_memory(source.model_config.cost().params, f"asking {source.path} about a corpus")
         self.model = build_model(source).to(self.device)
 
     @torch.no_grad()

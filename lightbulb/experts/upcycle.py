@@ -27,12 +27,12 @@ from lightbulb.experts.receipt import (
     compare,
     digest,
     parameters,
-    watching_routers,
+    watched_logits,
     write_receipt,
 )
 from lightbulb.experts.router_start import dense_model, learned_routers
 from lightbulb.experts.run_folder import write_run
-from lightbulb.experts.source import RunSource, Source, build_model, open_source
+from lightbulb.experts.source import RunSource, Source, layered, open_source
 from lightbulb.experts.text import held_out_text, tokens_of
 from lightbulb.experts.upcycle_config import UpcycleConfig, gates_sum_to_one
 from lightbulb.folder import built_beside
@@ -152,14 +152,10 @@ def _run_on_text(merge: Merge, folder: Path, reference: Reference) -> tuple[Comp
     # Layers that round their inputs turn the last bit of a float32 into another code now and then.
     rounds = any(modifier.type == "bitlinear" for modifier in merge.dense.modifiers)
     dtype = torch.float64 if rounds else torch.float32
-    model = build_model(RunSource(folder)).to(dtype)
-    with watching_routers(model) as routers, torch.no_grad():
-        found = model(tokens)
-    del model
+    found, routers = watched_logits(layered(RunSource(folder), compute_in=dtype), tokens)
     if not reference.must_equal:
         return None, routers
-    with torch.no_grad():
-        expected = dense_model(merge, 0).to(dtype)(tokens)
+    expected = dense_model(merge, 0, dtype).logits(tokens)
     return compare(found, expected, reference.why, text, merge.config.bound), routers
 
 

@@ -103,8 +103,8 @@ class UpcycleConfig(Config):
     train: TrainConfig | None = None
     """Training settings of the run; None for the first source's."""
     compare: bool = True
-    """Run the result on text, for its routers' loads and its difference to the dense model. Both models, one after the
-    other, must fit into memory."""
+    """Run the result on text, for its routers' loads and its difference to the dense model; layer by layer, with memory
+    for two layers."""
     bound: float = Field(1e-4, gt=0)
     """Greatest difference of a logit where the result must equal the dense model."""
 

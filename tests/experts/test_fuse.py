@@ -272,7 +272,9 @@ def test_a_teacher_with_another_tokenizer(tmp_path, corpus, source):
                 assert not soft.probabilities[number, place].any()
                 continue
             best = probabilities[pairs[place]].topk(20)
-            to = translation.translated(best.indices) % (student.vocab_size + 1)  # the last collects what has no counterpart
+            to = translation.translated(best.indices) % (
+                student.vocab_size + 1
+            )  # the last collects what has no counterpart
             whole = torch.zeros(student.vocab_size + 1).index_add(0, to, best.values)
             wanted = whole[:-1].topk(5)
             assert torch.allclose(soft.probabilities[number, place], wanted.values, atol=1e-6)
