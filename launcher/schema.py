@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from lightbulb.config import Config
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.experts.branch_config import BranchConfig
+from lightbulb.experts.fuse_config import FuseConfig
 from lightbulb.experts.upcycle_config import UpcycleConfig
 from lightbulb.recipes.config import RecipeConfig
 from lightbulb.train.config import RunConfig
@@ -21,6 +22,7 @@ SCHEMAS: dict[str, type[Config]] = {
     "corpus": CorpusConfig,
     "branch": BranchConfig,
     "upcycle": UpcycleConfig,
+    "fuse": FuseConfig,
     "recipe": RecipeConfig,
 }
 # not a field: load_config reads and removes it

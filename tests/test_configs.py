@@ -10,6 +10,7 @@ from lightbulb.data.config import MixtureConfig
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.evaluation.proof import ProofConfig
 from lightbulb.experts.branch_config import BranchConfig
+from lightbulb.experts.fuse_config import FuseConfig, is_fuse
 from lightbulb.experts.mixture_model import mixture_config
 from lightbulb.experts.upcycle_config import load_upcycle_config
 from lightbulb.recipes.config import load_recipe
@@ -19,7 +20,8 @@ from lightbulb.train.finetune import load_finetune_config
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 EXPERTS = Path(__file__).parent.parent / "configs" / "experts"
 FINETUNING = sorted(EXPERTS.glob("finetune-*.yaml"))
-UPCYCLING = [path for path in sorted(EXPERTS.glob("*.yaml")) if {"method", "sources"} & set(read_yaml(path))]
+FUSING = [path for path in sorted(EXPERTS.glob("*.yaml")) if is_fuse(path)]
+UPCYCLING = [p for p in sorted(EXPERTS.glob("*.yaml")) if {"method", "sources"} & set(read_yaml(p)) and p not in FUSING]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -32,6 +34,9 @@ def test_config_loads_and_costs_what_it_builds(path):
         return
     if path in FINETUNING:
         return  # below: the model is that of another run
+    if path in FUSING:
+        load_config(FuseConfig, path)
+        return
     if path.parent.name == "mixes":
         load_config(MixtureConfig, path)
         return

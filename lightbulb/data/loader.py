@@ -19,6 +19,8 @@ from lightbulb.data.corpus import Corpus
 from lightbulb.data.mixture import domain_of, resolve
 from lightbulb.data.sequence import Draw, SampleSequence
 from lightbulb.data.shards import IGNORED_LABEL, PADDING_DOCUMENT
+from lightbulb.data.soft_targets import DistilConfig, SoftTargetFolder
+from lightbulb.nn.soft_targets import SoftTargets
 
 PADDING_SAMPLE = -1
 
@@ -34,6 +36,7 @@ class Batch(NamedTuple):
             it; ``PADDING_SAMPLE`` where a batch has no row.
         groups: number of each row's group; ``PADDING_SAMPLE`` where a batch has no row.
         group_places: with a mixture, the place of each row in the sequence of its group.
+        targets: distributions to learn from besides the labels, if the run has some.
     """
 
     tokens: Tensor
@@ -42,6 +45,7 @@ class Batch(NamedTuple):
     sample_ids: Tensor
     groups: Tensor
     group_places: Tensor | None = None
+    targets: SoftTargets | None = None
 
 
 class _Step(NamedTuple):
@@ -65,6 +69,7 @@ class TrainLoader:
         data_size: how many data-parallel processes there are.
         mixtures: each mixture of the run with the number of steps before it (``DataConfig.mixtures``); none for a
             run without.
+        distil: soft targets of the rows.
 
     Attributes:
         samples_consumed: samples taken by all ranks.
@@ -85,6 +90,7 @@ class TrainLoader:
         data_rank: int = 0,
         data_size: int = 1,
         mixtures: Sequence[tuple[int, MixtureConfig]] = (),
+        distil: DistilConfig | None = None,
     ):
         if global_batch_size % (micro_batch_size * data_size):
             raise DataError(
@@ -96,6 +102,7 @@ class TrainLoader:
             where = f" in each of {data.part.of} parts" if data.part else ""
             raise _too_few(self.corpus, f"global_batch_size={global_batch_size} rows{where} are")
         self.data = data
+        self._targets = SoftTargetFolder(distil, self.corpus) if distil else None
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -223,9 +230,11 @@ class TrainLoader:
         draw = self.sequence.draw(first, self.global_batch_size, drawn)
         size, mask = self.micro_batch_size, self.data.document_mask
         starts = range(self._offset, self._offset + self._part, size)
-        batches = [
-            _batch(self.corpus, draw.part(i, i + size), np.arange(i, i + size) + first, size, mask) for i in starts
-        ]
+        parts = [(draw.part(i, i + size), np.arange(i, i + size) + first) for i in starts]
+        batches = [_batch(self.corpus, part, numbers, size, mask) for part, numbers in parts]
+        if self._targets is not None:
+            soft = [self._targets.batch(part.rows, size) for part, _ in parts]
+            batches = [batch._replace(targets=found) for batch, found in zip(batches, soft, strict=True)]
         return _Step(batches, drawn + np.bincount(draw.groups, minlength=len(drawn)))
 
 

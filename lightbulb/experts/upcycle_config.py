@@ -95,6 +95,9 @@ class UpcycleConfig(Config):
     """Share of the hidden units that ``drop`` draws anew in each expert."""
     shards: int = Field(1, ge=1)
     """Parts that ``virtual-group`` cuts each channel mixer into."""
+    moments: Literal["zero", "keep"] = "zero"
+    """The optimizer's moments in the written checkpoint: none, or those of the sources, moved, averaged and zeroed as
+    the weights are; ``start_from_moments`` of another run reads them."""
     shared_expert: bool = False
     """Keep the dense channel mixer as an expert for all tokens, and start the routed ones with outputs of zero."""
     data: DataConfig | None = None
@@ -102,8 +105,8 @@ class UpcycleConfig(Config):
     train: TrainConfig | None = None
     """Training settings of the run; None for the first source's."""
     compare: bool = True
-    """Run the result on text, for its routers' loads and its difference to the dense model. Both models, one after the
-    other, must fit into memory."""
+    """Run the result on text, for its routers' loads and its difference to the dense model; layer by layer, with memory
+    for two layers."""
     bound: float = Field(1e-4, gt=0)
     """Greatest difference of a logit where the result must equal the dense model."""
 

@@ -20,12 +20,14 @@ from lightbulb.models.block import Block, BlockConfig
 from lightbulb.models.modifier import ModifierConfig
 from lightbulb.models.stack import StackConfig, Stage
 from lightbulb.nn.cross_entropy import linear_cross_entropy
+from lightbulb.nn.distillation import distilled_cross_entropy
 from lightbulb.nn.embedding import VocabParallelEmbedding
 from lightbulb.nn.groups import enter_tensor_region, gather_last_dim, tensor_axis, ulysses_axis
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.norm import RMSNorm
 from lightbulb.nn.parameter import Init, Logical, make_parameter
 from lightbulb.nn.recompute import Recompute, recompute
+from lightbulb.nn.soft_targets import SoftTargets
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,7 @@ class LanguageModel(nn.Module):
         self.post_process = stage.has_head
         self.share_embeddings_and_output_weights = config.tie_embeddings
         self._input: Tensor | None = None
+        self.divergence: Tensor | None = None  # summed over the tokens that had soft targets, until it is taken
         init = config.init()
         if stage.has_embedding or (stage.has_head and config.tie_embeddings):
             self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, init.std)
@@ -285,6 +288,7 @@ class LanguageModel(nn.Module):
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
         noise: Noise | None = None,
+        targets: SoftTargets | None = None,
     ) -> Tensor:
         """One pass over whole contexts.
 
@@ -293,6 +297,8 @@ class LanguageModel(nn.Module):
             labels: ``[batch, length]`` next tokens, or IGNORE; with labels the last stage returns losses.
             document_ids: ``[batch, length]`` to keep documents apart, or None.
             noise: source of dropout and jitter in training; None for neither.
+            targets: ``[batch, length, k]`` distributions to learn from besides the labels: they change the gradient of
+                the losses, not their values, and :attr:`divergence`.
 
         Returns:
             Losses ``[batch, length]`` in nats; logits ``[batch, length, vocab]`` float32 without labels (of
@@ -318,12 +324,18 @@ class LanguageModel(nn.Module):
                 sent.requires_grad_()  # nothing is trained up to here, but the schedule runs this stage's backward too
             return sent
         x = self.norm(carried[0])
-        if labels is None:
-            return self._logits(x)
+        return self._logits(x) if labels is None else self._losses(x, labels, targets)
+
+    def _losses(self, x: Tensor, labels: Tensor, targets: SoftTargets | None) -> Tensor:
         labels = self.my_positions(labels)
-        hidden = enter_tensor_region(x, self.axis).flatten(0, 1)
         z_loss = self.config.z_loss if self.training else 0.0
-        losses = linear_cross_entropy(hidden, self.head_weight(), labels.t().flatten(), self.axis, z_loss)
+        head = enter_tensor_region(x, self.axis).flatten(0, 1), self.head_weight(), labels.t().flatten()
+        if targets is None:
+            losses = linear_cross_entropy(*head, self.axis, z_loss)
+        else:
+            targets = targets.mapped(lambda part: self.my_positions(part).transpose(0, 1).flatten(0, 1))
+            losses, divergence = distilled_cross_entropy(*head, targets, self.axis, z_loss)
+            self.divergence = divergence.sum() + (0.0 if self.divergence is None else self.divergence)
         return losses.view(labels.shape[1], labels.shape[0]).t()
 
     def run_blocks(

@@ -50,6 +50,7 @@ class StepResult:
         clip_coefficient: factor the gradient was scaled by.
         applied: False when the gradient was not finite or over a limit, and the update was skipped on all ranks.
         routers: per router (the layer, see :func:`router_label`): load per expert, balance loss, z-loss, entropy.
+        divergence: mean divergence from soft targets, nats per token; 0 without any.
     """
 
     loss: float
@@ -58,6 +59,7 @@ class StepResult:
     clip_coefficient: float
     applied: bool
     routers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    divergence: float = 0.0
 
 
 class Engine:
@@ -127,7 +129,8 @@ class Engine:
 
         Args:
             batches: micro-batches with ``tokens``, ``labels`` ``[batch, length]``, ``document_ids`` or None and
-                ``sample_ids [batch]``; all of one shape, the same number on every rank.
+                ``sample_ids [batch]``; all of one shape, the same number on every rank. Those with soft ``targets``
+                (``SoftTargets``) are learned from besides the labels.
             lr: learning rate of this step.
             max_loss: with a larger loss nothing is updated.
             max_grad_norm: with a larger norm, before clipping, nothing is updated.
@@ -290,17 +293,22 @@ class Engine:
         tokens, labels = batch.tokens.to(self.device), batch.labels.to(self.device)
         documents = None if batch.document_ids is None else batch.document_ids.to(self.device)
         noise = Noise(self.seed, batch.sample_ids, tokens.shape[1])
-        losses = model(tokens, labels, documents, noise)
+        soft = getattr(batch, "targets", None)
+        losses = model(tokens, labels, documents, noise, None if soft is None else soft.to(self.device))
         return losses, partial(_sum_losses, self.chunks[0].my_positions(labels))
 
     def _collect(self) -> StepResult:
         """Add losses and router statistics over micro-batches and ranks, in one all-reduce."""
         known = self.model_config.routers()
         row_of = {name: row for row, name in enumerate(known)}
-        width = max([2 * num_experts + 3 for num_experts in known.values()], default=2)
+        width = max([2 * num_experts + 3 for num_experts in known.values()], default=3)
         table = torch.zeros(len(known) + 1, width, dtype=torch.float64, device=self.device)
         for losses in self._losses:
             table[-1, :2] += losses.double()
+        for chunk in self.chunks:
+            if chunk.divergence is not None:
+                table[-1, 2] += chunk.divergence.double()
+                chunk.divergence = None
         for name, router in self.routers():
             sums = router.statistics.take(self.device)
             table[row_of[name], : len(sums)] = sums
@@ -311,6 +319,7 @@ class Engine:
         table = table.cpu()
         tokens = int(table[-1, 1])
         result = StepResult(float(table[-1, 0]) / max(tokens, 1), tokens, 0.0, 1.0, applied=True)
+        result.divergence = float(table[-1, 2]) / max(tokens, 1)
         for name, num_experts in known.items():
             result.routers[router_label(name)] = summarise(table[row_of[name]][: 2 * num_experts + 3], num_experts)
         self._loads = {name: table[row_of[name], :num_experts] for name, num_experts in known.items()}

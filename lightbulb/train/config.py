@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 import lightbulb.modifiers  # noqa: F401  (registers what model.modifiers can name)
 from lightbulb.config import Config, ConfigError
 from lightbulb.data.config import DataConfig, MixtureConfig
+from lightbulb.data.soft_targets import DistilConfig
 from lightbulb.models.language import LanguageConfig
 from lightbulb.models.trainable import Trainable, trained_names
 from lightbulb.ops import Kernels
@@ -76,6 +77,7 @@ class RunConfig(Config):
     train: TrainConfig
     outer: OuterConfig | None = None
     """Keeps the trunk of this run and its sister branches together (`lightbulb branch` writes it)."""
+    distil: DistilConfig | None = None
     prompts: list[str] = []
     """Prompts to complete when the run ends."""
 

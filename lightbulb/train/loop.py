@@ -219,7 +219,7 @@ class Trainer:
         self.outer = Outer(config.outer, self.engine, self.folder, self._stop, self._watchdog) if config.outer else None
         self.loader = TrainLoader(
             config.data, model.context_length, model.vocab_size, config.seed, train.global_batch_size,
-            train.micro_batch_size, self.engine.data_rank, data, config.mixtures(),
+            train.micro_batch_size, self.engine.data_rank, data, config.mixtures(), config.distil,
         )  # fmt: skip
         self._cleanup.callback(self.loader.close)
         tokenizer = config.data.path.expanduser() / "tokenizer.json"
@@ -387,6 +387,7 @@ class Trainer:
                 "expert_load": {layer: router["load"] for layer, router in routers.items()},
                 "router_entropy": {layer: router["entropy"] for layer, router in routers.items()},
                 **self.account.record(),
+                **({"divergence": result.divergence} if self.config.distil else {}),
             }
         )
 

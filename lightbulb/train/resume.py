@@ -41,8 +41,8 @@ RULES = {
     "data.stages": Rule.SAID,
     "data.path": Rule.SAID,  # the same corpus elsewhere: its digest is compared when the loader resumes
     "run": Rule.FREE,
-    "start_from": Rule.FREE,  # where weights came from before there was a checkpoint
     "start_from_moments": Rule.FREE,
+    "start_from": Rule.FREE,  # where weights came from before there was a checkpoint
     "outer": Rule.FIXED,  # rounds are counted by it
     "outer.lr": Rule.SAID,
     "outer.momentum": Rule.SAID,
@@ -59,7 +59,7 @@ MAX_NAMED = 8
 
 
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
-    """Compare with the config the checkpoint was trained with.
+    """Compare with the config the checkpoint was trained with; of a conversion's, only the model is given.
 
     Returns:
         one sentence per change that is allowed and worth saying.
@@ -68,11 +68,14 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
         CheckpointError: some changes are not allowed; all of them are named with both values.
     """
     before, now = flatten(_completed(checkpoint.state.config)), flatten(config.model_dump(mode="json"))
+    untrained = checkpoint.state.is_untrained
     said, refused = [], []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old == new or (key == "train.precision" and new == "auto"):
             continue
+        if untrained and not key.startswith("model."):
+            continue  # no step was taken with it
         rule = rule_of(key)
         if rule is Rule.FIXED:
             refused.append(f"{key} = {old}, this config has {new}")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_runs import MODEL, make_run, model_of, tensor
+from dense_runs import MODEL, make_run, model_of, tensor, write_run
 
 from lightbulb.config import ConfigError, build_config, read_yaml, save_config
 from lightbulb.data.config import MixtureConfig
+from lightbulb.data.corpus import Corpus
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.data_prep.pipeline import preprocess
@@ -222,3 +223,38 @@ def test_sources_with_the_same_text_are_refused(tmp_path, domains):
     sources = [source | {"text": str(domains[0])} for source in branches(tmp_path, domains)]
     with pytest.raises(ConfigError, match=r"sources\.1 has the same text as sources\.0"):
         mixed(tmp_path, sources, "centroid")
+
+
+def trained(run: Path, out: Path, texts: list[torch.Tensor], steps: int) -> Path:
+    """A run's model after a few steps on rows of these texts in turn."""
+    model = model_of(run).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        rows = texts[step % len(texts)]
+        loss = model(rows[:, :-1], rows[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return write_run(out, WIDE, {name: parameter.detach() for name, parameter in model.named_parameters()})
+
+
+def rows_of(corpus: Path, split: str) -> torch.Tensor:
+    found = Corpus(corpus, split, WIDE["context_length"], WIDE["vocab_size"])
+    return torch.stack([torch.from_numpy(found[row].tokens) for row in range(len(found))])[:64]
+
+
+def test_trained_branches_start_better_with_learned_routers(tmp_path, domains):
+    """Held-out loss of the mixture before any step of its own."""
+    texts = [rows_of(corpus, "train") for corpus in domains]
+    seed = trained(make_run(tmp_path / "init", WIDE), tmp_path / "seed", texts, 30)
+    sources = []
+    for number, corpus in enumerate(domains):
+        branch = trained(seed, tmp_path / f"b{number}", texts[number : number + 1], 30)
+        shutil.copyfile(corpus / "tokenizer.json", branch / "tokenizer.json")
+        sources.append({"path": str(branch), "text": str(corpus)})
+    held_out = torch.cat([rows_of(corpus, "held_out")[:16] for corpus in domains])
+    losses = {}
+    for kind in ("random", "centroid", "closed_form"):
+        moe = model_of(mixed(tmp_path / kind, sources, kind))
+        losses[kind] = float(moe(held_out[:, :-1], held_out[:, 1:]).mean())
+    assert max(losses["centroid"], losses["closed_form"]) < losses["random"] - 0.05, losses
