@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from lightbulb.config import save_config
 from lightbulb.data.config import DataError
-from lightbulb.data.loader import Batch, HeldOut, TrainLoader
+from lightbulb.data.loader import HeldOut, TrainLoader
 from lightbulb.data.mixture import OutOfRows
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.folder import check_writable, claim
@@ -218,7 +218,7 @@ class Trainer:
         self.engine = Engine(model, config.parallel, config.optimizer, precision, config.seed, self.device)
         self._cleanup.callback(self.engine.close)
         self.loader = TrainLoader(
-            config.data, model.context_length, model.vocab_size, config.seed, train.global_batch_size,
+            config.data, model.context_length, model.vocab_size, config.seed, config.batch_sizes(),
             train.micro_batch_size, self.engine.data_rank, data, config.mixtures(),
         )  # fmt: skip
         self._cleanup.callback(self.loader.close)
@@ -313,7 +313,8 @@ class Trainer:
         self._seconds_here += seconds
         self.ledger.add(self.step, batches, not result.applied)
         self._count_skips(result)
-        counted = self._sum_over_data([self._bytes_predicted(batches), *self.account.count(batches)])
+        text_bytes = bytes_predicted(batches, self._token_bytes)
+        counted = self._sum_over_data([text_bytes, *self.account.count(batches)])
         self.account.add(counted[1:])
         for sentence in self.account.news():
             log.info("step %d: %s", self.step, sentence)
@@ -337,12 +338,12 @@ class Trainer:
             return
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
-        stop = self.loader.samples_consumed
+        first, stop = map(self.loader.batch_sizes.samples, (self.step - 1, self.step))
         spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         log.warning(
             "step %d skipped on all ranks, %s: loss %s, gradient norm %s (samples %d to %d)",
             self.step, f"a spike over {self.config.train.spike_sigma:g} sigma" if spike else "not finite",
-            result.loss, result.grad_norm, stop - self.config.train.global_batch_size, stop - 1,
+            result.loss, result.grad_norm, first, stop - 1,
         )  # fmt: skip
         if self._skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise TrainingError(
@@ -381,10 +382,6 @@ class Trainer:
                 **self.account.record(),
             }
         )
-
-    def _bytes_predicted(self, batches: list[Batch]) -> int:
-        """Bytes of text of this rank's labels."""
-        return bytes_predicted(batches, self._token_bytes)
 
     def _sum_over_data(self, counts: list[int]) -> list[int]:
         """Counts of every data rank's share, summed."""
