@@ -9,7 +9,7 @@ import orjson
 import torch
 
 from lightbulb.data.corpus import Corpus
-from lightbulb.data.loader import IGNORED_LABEL, PADDING_DOCUMENT
+from lightbulb.data.loader import IGNORED_LABEL
 from lightbulb.data.shards import Row
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.experts.branch import Branch, Branches
@@ -65,9 +65,9 @@ def bits_per_byte(model: LanguageModel, tokenizer: Tokenizer, rows: Sequence[Row
     token_bytes = np.asarray(tokenizer.token_bytes())
     device = next(model.parameters()).device
     nats, text_bytes = 0.0, 0
-    for tokens, documents in rows:  # one at a time: contexts are long, and there are few
-        ids, numbers = (torch.from_numpy(values.astype(np.int64))[None].to(device) for values in (tokens, documents))
-        labels = torch.where(numbers[:, 1:] == PADDING_DOCUMENT, IGNORED_LABEL, ids[:, 1:])
+    for row in rows:  # one at a time: contexts are long, and there are few
+        parts = (row.tokens, row.document_ids, row.labels())
+        ids, numbers, labels = (torch.from_numpy(values.astype(np.int64))[None].to(device) for values in parts)
         losses = model(ids[:, :-1], labels, numbers[:, :-1] if document_mask else None)
         predicted = labels[labels != IGNORED_LABEL]
         nats += float(losses[labels != IGNORED_LABEL].double().sum())

@@ -37,7 +37,7 @@ def contexts_of(
     if source.prompts:
         ids = Tokenizer.load(tokenizer).encode_batch(source.prompts)
         return [part[: model.context_length] for part in ids if part]
-    path = source.text or (own and own.path)
+    path = source.text or (own.path if own else None)
     if path is None:
         raise ConfigError(f"{source.path}: learned routers need text of its domain; give it text (a corpus) or prompts")
     corpus = Corpus(path.expanduser(), "train", model.context_length, model.vocab_size)

@@ -7,16 +7,15 @@ more than the bound.
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lightbulb.config import ConfigError, build_config
 from lightbulb.data.tokenizer import Tokenizer
-from lightbulb.experts.hf.convert import Options, our_logits
-from lightbulb.experts.receipt import Receipt, compare, parameters, write_receipt
+from lightbulb.experts.hf.convert import Options
+from lightbulb.experts.receipt import Receipt, compare, parameters, watched_logits, write_receipt
 from lightbulb.experts.run_folder import whole_pieces, write_run
-from lightbulb.experts.source import RunSource
-from lightbulb.experts.text import held_out_text
+from lightbulb.experts.source import RunSource, layered
+from lightbulb.experts.text import held_out_text, tokens_of
 from lightbulb.folder import built_beside
 from lightbulb.models.language import LanguageConfig
 from lightbulb.modifiers.bitlinear import BitLinearConfig
@@ -61,8 +60,8 @@ def merge_updates(run: Path, out: Path, data: Path | None = None, bound: float =
         origin = Origin(kind="finetune", parents=[source.parent()], detail={"merged": True})
         pieces = whole_pieces(plain, read, names)
         written = write_run(partial, _merged_config(source.config, plain, out), pieces, content, origin)
-        expected, _ = our_logits(source, text, torch.float32)
-        found, routers = our_logits(RunSource(partial), text, torch.float32)
+        expected, _ = watched_logits(layered(source), tokens_of(text))
+        found, routers = watched_logits(layered(RunSource(partial)), tokens_of(text))
         comparison = compare(found, expected, f"{run} with its updates beside its weights", text, bound)
         comparison.check(str(out))
         tensors_in = source.digests()

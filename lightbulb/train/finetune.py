@@ -33,9 +33,9 @@ def load_finetune_config(path: str | Path, overrides: list[str] | tuple[str, ...
         ConfigError: naming field, value and fix.
     """
     values = read_values(Path(path), overrides)
-    updates, merge = values.pop(LORA, None), values.pop("merge", False)
-    if not isinstance(merge, bool):
-        raise ConfigError(f"{path}: merge: {merge!r} is neither true nor false")
+    updates, is_merged = values.pop(LORA, None), values.pop("merge", False)
+    if not isinstance(is_merged, bool):
+        raise ConfigError(f"{path}: merge: {is_merged!r} is neither true nor false")
     start = _start(values.get("start_from"), path)
     train = values.get("train")
     trainable = train.get("trainable", "all") if isinstance(train, dict) else "all"
@@ -47,15 +47,15 @@ def load_finetune_config(path: str | Path, overrides: list[str] | tuple[str, ...
     if updates is not None:
         run = _with_updates(run, updates, str(path))
     types = {modifier.type for modifier in run.model.modifiers}
-    if merge and LORA not in types:
+    if is_merged and LORA not in types:
         raise ConfigError(f"{path}: merge: there are no updates to merge; add lora: {{rank: 8}}, or leave merge out")
-    if merge and QUANTIZED in types:
+    if is_merged and QUANTIZED in types:
         raise ConfigError(
             f"{path}: merge: the model's weights are quantised in every product, which would round updates away; "
             "leave merge out: the updates stay beside the weights"
         )
     _check_tokenizer(run, path)
-    return Finetuning(run, merge)
+    return Finetuning(run, is_merged)
 
 
 def _start(folder: Any, path: str | Path) -> RunConfig:

@@ -218,7 +218,7 @@ class Trainer:
         self._cleanup.callback(self.engine.close)
         self.outer = Outer(config.outer, self.engine, self.folder, self._stop, self._watchdog) if config.outer else None
         self.loader = TrainLoader(
-            config.data, model.context_length, model.vocab_size, config.seed, train.global_batch_size,
+            config.data, model.context_length, model.vocab_size, config.seed, config.batch_sizes(),
             train.micro_batch_size, self.engine.data_rank, data, config.mixtures(), config.distil,
         )  # fmt: skip
         self._cleanup.callback(self.loader.close)
@@ -343,12 +343,12 @@ class Trainer:
             return
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
-        stop = self.loader.samples_consumed
+        first, stop = map(self.loader.batch_sizes.samples, (self.step - 1, self.step))
         spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         log.warning(
             "step %d skipped on all ranks, %s: loss %s, gradient norm %s (samples %d to %d)",
             self.step, f"a spike over {self.config.train.spike_sigma:g} sigma" if spike else "not finite",
-            result.loss, result.grad_norm, stop - self.config.train.global_batch_size, stop - 1,
+            result.loss, result.grad_norm, first, stop - 1,
         )  # fmt: skip
         if self._skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise TrainingError(
@@ -360,7 +360,7 @@ class Trainer:
     def _write_metrics(self, result: StepResult, lr: float, text_bytes: int, data_wait: float) -> None:
         rate = self._speed.tokens_per_second
         # Of all places of the contexts: those that have no label are computed too.
-        places = self.config.train.global_batch_size * self.config.model.context_length
+        places = self.config.batch_sizes().of_step(self.step - 1) * self.config.model.context_length
         achieved = places / max(self._speed.seconds_per_step, 1e-9) * self._train_flops
         routers = result.routers
         count = max(len(routers), 1)
