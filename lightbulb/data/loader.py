@@ -104,7 +104,7 @@ class TrainLoader:
                     f"{data_size} data-parallel ranks; set it to a multiple of {micro_batch_size * data_size}"
                 )
             if len(self.corpus) < size * parts:
-                where = f" in each of {parts} parts" if data.part else ""
+                where = f" in each of {parts} parts" if parts > 1 else ""
                 raise _too_few(self.corpus, f"global_batch_size={size} rows{where} are")
         self.data = data
         self._targets = SoftTargetFolder(distil, self.corpus) if distil else None
