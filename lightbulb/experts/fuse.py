@@ -53,14 +53,12 @@ def fuse(config: FuseConfig, progress: Progress) -> Receipt:
     data = run.data.path.expanduser()
     corpus = Corpus(data, "train", run.model.context_length, run.model.vocab_size)
     tokenizer = Tokenizer.load(data / "tokenizer.json")
-    folder = config.targets.expanduser()
-    with claim(folder):
-        targets = Targets(folder, config, corpus, tensors_in)
+    folder, mask = config.targets.expanduser(), run.data.document_mask
+    with built_beside(config.run.expanduser()) as out, claim(folder):
+        targets = Targets(folder, config, corpus, tensors_in, mask)
         for number, source in enumerate(sources):
-            opened = partial(Teacher, source, tokenizer, config.top_k, run.data.document_mask)
-            targets.ask(number, opened, progress)
+            targets.ask(number, partial(Teacher, source, tokenizer, config.top_k, mask), progress)
         about = targets.fuse(progress)
-    with built_beside(config.run.expanduser()) as out:
         pieces = whole_pieces(student.model_config, student.read, student.names())
         written = write_run(out, run, pieces, tokenizer_text(student, data))
         receipt = _receipt(config, sources, student, tensors_in, written, about)
@@ -98,13 +96,14 @@ class Targets:
         FolderError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, config: FuseConfig, corpus: Corpus, sources: Digests):
+    def __init__(self, folder: Path, config: FuseConfig, corpus: Corpus, sources: Digests, document_mask: bool):
         self.folder, self.config, self.corpus = folder, config, corpus
         row_bytes = 8 * config.top_k * corpus.context_length
         size = max(1, SHARD_BYTES // row_bytes)
         self.shards = [range(i, min(i + size, len(corpus))) for i in range(0, len(corpus), size)]
         settings = {
             "corpus": corpus.digest, "top_k": config.top_k, "fusion": config.fusion, "shard_rows": size,
+            "document_mask": document_mask,
             "sources": {name: record.model_dump() for name, record in sources.items()},
         }  # fmt: skip
         plan = {"digest": digest_of(settings)}

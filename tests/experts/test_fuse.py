@@ -24,6 +24,7 @@ from lightbulb.experts.fuse_config import FuseConfig
 from lightbulb.experts.receipt import RECEIPT, read_receipt
 from lightbulb.experts.teacher import Opinion, combined
 from lightbulb.experts.translate import Translation, edit_distances
+from lightbulb.folder import FolderError
 from lightbulb.launcher.upcycle import main
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.soft_targets import SoftTargets
@@ -174,8 +175,10 @@ def test_a_run_goes_on_from_what_was_written(tmp_path, corpus, source, monkeypat
     assert times == [(tmp_path / "targets" / name).stat().st_mtime_ns for name in kept] and set(kept) <= set(said)
     again = targets_of(tmp_path / "targets", corpus)
     assert len(whole.manifest.shards) > 3 and again.manifest.shards == whole.manifest.shards
-    with pytest.raises(ConfigError, match="was begun with other sources or settings"):
-        fusing.fuse(config_of(tmp_path, corpus, sources, top_k=3), lambda *_: None)
+    for changes, message in (({"top_k": 3}, "was begun with other sources or settings"), ({}, "there is something")):
+        run = str(tmp_path / "other") if changes else str(tmp_path / "student")
+        with pytest.raises((ConfigError, FolderError), match=message):
+            fusing.fuse(config_of(tmp_path, corpus, sources, run=run, **changes), lambda *_: None)
 
 
 def test_rows_keep_their_targets_in_every_order(tmp_path, corpus, source):
