@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.config import CorpusConfig
-from lightbulb.data_prep.counts import EXAMPLES, CorpusError, Counts
+from lightbulb.data_prep.counts import EXAMPLES, CorpusError, Counts, excerpt
 from lightbulb.data_prep.decontaminate import SHARES_NAME, Contaminated
 from lightbulb.data_prep.deduplicate import KEPT_NAME, ExactDuplicates, NearDuplicates, Signatures
 from lightbulb.data_prep.documents import DROPPED_NAME, Documents, dropped, kept
@@ -104,17 +104,16 @@ class _Drops:
         self.named.append((reason, output))
 
     def _examples(self, output: Output, numbers: np.ndarray) -> list[dict[str, Any]]:
-        """Some of a source's documents that a step dropped: the first with those that stay for them, or those that
-        share most with evaluation texts."""
-        more: list[dict[str, Any]]
+        """Some of a source's documents that a step dropped: those that share most with evaluation texts, or the first,
+        with those that stay for them or with how they begin."""
         if (shares := _beside(output, SHARES_NAME, numbers)) is not None:
             most = np.argsort(-shares, kind="stable")[:EXAMPLES]
-            numbers, more = numbers[most], [{"share": share} for share in shares[most].tolist()]
-        else:
-            numbers = numbers[:EXAMPLES]
-            stay = _beside(output, KEPT_NAME, numbers)
-            assert stay is not None, "a step that drops documents says why"
+            more: list[dict[str, Any]] = [{"share": share} for share in shares[most].tolist()]
+            numbers = numbers[most]
+        elif (stay := _beside(output, KEPT_NAME, numbers := numbers[:EXAMPLES])) is not None:
             more = [{"kept": document.path} for document in self.documents.find(stay.tolist())]
+        else:
+            more = [{"text": excerpt(document.text)} for document in self.documents.find(numbers.tolist())]
         paths = [document.path for document in self.documents.find(numbers.tolist())]
         return [{"path": path} | about for path, about in zip(paths, more, strict=True)]
 

@@ -44,6 +44,7 @@ RULES = {
     "run": Rule.FREE,
     "start_from_moments": Rule.FREE,
     "start_from": Rule.FREE,  # where weights came from before there was a checkpoint
+    "distil": Rule.SAID,
     "outer": Rule.FIXED,  # rounds are counted by it
     "outer.lr": Rule.SAID,
     "outer.momentum": Rule.SAID,

@@ -53,7 +53,7 @@ def write_run(
         "train": {"steps": 2, "global_batch_size": 8, "micro_batch_size": 1, "precision": "fp32"},
     })  # fmt: skip
     folder.mkdir(parents=True)
-    run_folder.write_run(folder, config, pieces_of(values), None, pieces_of(moments or {}), updates)
+    run_folder.write_run(folder, config, pieces_of(values), None, moments=pieces_of(moments or {}), updates=updates)
     return folder
 
 
