@@ -185,9 +185,9 @@ def changed(config: C, changes: dict[str, Any], overrides: Sequence[str] = (), s
     Raises:
         ConfigError: what comes out is not valid.
     """
-    values = _merge(config.model_dump(mode="json"), changes)
+    values = merge(config.model_dump(mode="json"), changes)
     for text in overrides:
-        values = _merge(values, parse_override(text))
+        values = merge(values, parse_override(text))
     return build_config(type(config), values, source)
 
 
