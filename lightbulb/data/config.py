@@ -1,5 +1,6 @@
 """Which corpus a run reads and how."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,8 +49,8 @@ Mixture = Annotated[MixtureConfig, BeforeValidator(_from_file, json_schema_input
 """A mixture, or the path of a file that holds one (configs/mixes)."""
 
 
-class StageConfig(Config):
-    """A mixture that takes the place of the one before it."""
+class Stage(Config):
+    """A part of a run that has settings of its own, up to the next one."""
 
     start: (
         Literal["decay"]
@@ -57,8 +58,6 @@ class StageConfig(Config):
         | Annotated[StrictFloat, Field(gt=0, lt=1, allow_inf_nan=False)]
     )
     """After so many steps, after this fraction of the steps, or where the learning rate begins to decay."""
-
-    mixture: Mixture
 
     def first_step(self, steps: int, decay_start: int) -> int:
         """Steps before it, of a run with so many steps."""
@@ -80,6 +79,31 @@ class PartConfig(Config):
         if self.number >= self.of:
             raise ValueError(f"number {self.number}: there are {self.of} parts, counted from 0")
         return self
+
+
+class StageConfig(Stage):
+    """A mixture that takes the place of the one before it."""
+
+    mixture: Mixture
+
+
+def first_steps(stages: Sequence[Stage], name: str, steps: int, decay_start: int) -> list[int]:
+    """Steps before each stage of a setting.
+
+    Raises:
+        ValueError: a stage does not begin after the one before it, or the run.
+    """
+    found: list[int] = []
+    for number, stage in enumerate(stages):
+        first, last = stage.first_step(steps, decay_start), found[-1] if found else 0
+        if first <= last:
+            before = "the run" if number == 0 else f"stages.{number - 1}"
+            raise ValueError(
+                f"{name}.{number}: start {stage.start} is after {first} steps, {before} begins after {last}; list the "
+                "stages in their order, each with steps of its own"
+            )
+        found.append(first)
+    return found
 
 
 class DataConfig(Config):
@@ -117,14 +141,6 @@ class DataConfig(Config):
         """
         if self.mixture is None and not self.stages:
             return []
-        found = [(0, self.mixture or MixtureConfig())]
-        for number, stage in enumerate(self.stages):
-            first = stage.first_step(steps, decay_start)
-            if first <= found[-1][0]:
-                before = "the run" if number == 0 else f"stages.{number - 1}"
-                raise ValueError(
-                    f"data.stages.{number}: start {stage.start} is after {first} steps, {before} begins after "
-                    f"{found[-1][0]}; list the stages in their order, each with steps of its own"
-                )
-            found.append((first, stage.mixture))
-        return found
+        starts = first_steps(self.stages, "data.stages", steps, decay_start)
+        later = [(start, stage.mixture) for start, stage in zip(starts, self.stages, strict=True)]
+        return [(0, self.mixture or MixtureConfig()), *later]

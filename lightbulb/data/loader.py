@@ -1,7 +1,7 @@
 """Rows to batches, in an order that does not know how many processes read it.
 
-Step s takes the next ``global_batch_size`` samples of the run's endless sequence (:mod:`lightbulb.data.sequence`; a
-step may end one epoch and begin the next), and each data-parallel rank reads its own contiguous part of them. What has
+A step takes the next samples of the run's endless sequence (:mod:`lightbulb.data.sequence`; it may end one epoch and
+begin the next), and each data-parallel rank reads its own contiguous part of them. What has
 to be remembered is how many were taken, with a mixture also how many of each group, and a run resumed on another number
 of ranks goes on with the very next row. The batches of the next step are read in a thread while this one is computed.
 """
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightbulb.data.batches import BatchSizes, batch_sizes
 from lightbulb.data.config import DataConfig, DataError, MixtureConfig
 from lightbulb.data.corpus import Corpus
 from lightbulb.data.mixture import domain_of, resolve
@@ -60,7 +61,7 @@ class TrainLoader:
         context_length: tokens per row less one.
         vocab_size: of the model.
         seed: draws the order of each epoch.
-        global_batch_size: rows per step over all ranks.
+        global_batch_size: rows per step over all ranks; one size, or one for every step.
         micro_batch_size: rows per :class:`Batch`.
         data_rank: this process among the data-parallel ones.
         data_size: how many data-parallel processes there are.
@@ -69,6 +70,7 @@ class TrainLoader:
 
     Attributes:
         samples_consumed: samples taken by all ranks.
+        batch_sizes: rows of every step over all ranks.
 
     Raises:
         DataError: the batch sizes do not divide, the corpus is damaged or holds less than one batch, or a mixture
@@ -81,32 +83,33 @@ class TrainLoader:
         context_length: int,
         vocab_size: int,
         seed: int,
-        global_batch_size: int,
+        global_batch_size: int | BatchSizes,
         micro_batch_size: int,
         data_rank: int = 0,
         data_size: int = 1,
         mixtures: Sequence[tuple[int, MixtureConfig]] = (),
     ):
-        if global_batch_size % (micro_batch_size * data_size):
-            raise DataError(
-                f"global_batch_size: {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
-                f"{data_size} data-parallel ranks; set it to a multiple of {micro_batch_size * data_size}"
-            )
+        self.batch_sizes = batch_sizes(global_batch_size)
         self.corpus = Corpus(data.path.expanduser(), "train", context_length, vocab_size)
-        if len(self.corpus) < global_batch_size * (data.part.of if data.part else 1):
-            where = f" in each of {data.part.of} parts" if data.part else ""
-            raise _too_few(self.corpus, f"global_batch_size={global_batch_size} rows{where} are")
+        parts = data.part.of if data.part else 1
+        for size in self.batch_sizes.distinct:
+            if size % (micro_batch_size * data_size):
+                raise DataError(
+                    f"global_batch_size: {size} is not a multiple of micro_batch_size {micro_batch_size} x "
+                    f"{data_size} data-parallel ranks; set it to a multiple of {micro_batch_size * data_size}"
+                )
+            if len(self.corpus) < size * parts:
+                where = f" in each of {parts} parts" if parts > 1 else ""
+                raise _too_few(self.corpus, f"global_batch_size={size} rows{where} are")
         self.data = data
         self.seed = seed
-        self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.samples_consumed = 0
         groups = self.corpus.groups
-        stages = [(step * global_batch_size, resolve(mixture, groups)) for step, mixture in mixtures]
+        stages = [(self.batch_sizes.samples(step), resolve(mixture, groups)) for step, mixture in mixtures]
         part = None if data.part is None else (data.part.number, data.part.of)
         self.sequence = SampleSequence(groups, seed, data.shuffle, stages, part)
-        self._part = global_batch_size // data_size
-        self._offset = data_rank * self._part
+        self._data_rank, self._data_size = data_rank, data_size
         self._drawn = (0, np.zeros(len(groups), dtype=np.int64))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches of the next step")
         self._ahead: tuple[int, Future[_Step]] | None = None
@@ -143,7 +146,7 @@ class TrainLoader:
             self._read_ahead(first, self.drawn)
         assert self._ahead is not None
         batches, drawn = self._ahead[1].result()
-        self.samples_consumed += self.global_batch_size
+        self.samples_consumed += self._size_at(first)
         self._drawn = self.samples_consumed, drawn
         self._read_ahead(self.samples_consumed, drawn)
         return batches
@@ -162,7 +165,7 @@ class TrainLoader:
         Raises:
             OutOfRows: they do not.
         """
-        self.sequence.check_enough(self.samples_consumed, steps * self.global_batch_size, self.drawn)
+        self.sequence.check_enough(self.samples_consumed, self.batch_sizes.samples(steps), self.drawn)
 
     def close(self) -> None:
         """Read nothing more ahead."""
@@ -216,14 +219,19 @@ class TrainLoader:
             "corpus_digest": self.corpus.digest,
         }
 
+    def _size_at(self, sample: int) -> int:
+        """Rows of the step that begins with a sample, over all ranks."""
+        return self.batch_sizes.of_step(self.batch_sizes.step_at(sample))
+
     def _read_ahead(self, first: int, drawn: np.ndarray) -> None:
         self._ahead = first, self._reader.submit(self._read, first, drawn)
 
     def _read(self, first: int, drawn: np.ndarray) -> _Step:
         """The step that begins with a sample; changes nothing but what is cached."""
-        draw = self.sequence.draw(first, self.global_batch_size, drawn)
+        draw = self.sequence.draw(first, self._size_at(first), drawn)
         size, mask = self.micro_batch_size, self.data.document_mask
-        starts = range(self._offset, self._offset + self._part, size)
+        share = self._size_at(first) // self._data_size
+        starts = range(self._data_rank * share, (self._data_rank + 1) * share, size)
         batches = [
             _batch(self.corpus, draw.part(i, i + size), np.arange(i, i + size) + first, size, mask) for i in starts
         ]

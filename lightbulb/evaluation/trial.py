@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.models.trainable import Trainable, freeze, trained_names
+from lightbulb.models.scaling import LR_SCALE
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import initialise, logical_of, set_values, values_of
@@ -169,7 +170,8 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
         model.double()
     parameters = dict(model.named_parameters())
     trained = {name: parameter.detach().float() for name, parameter in parameters.items() if parameter.requires_grad}
-    optimizer = _plain_adamw(trial.optimizer, list(trained.values()), trial.precision == "fp64")
+    rates = [(tensor, getattr(parameters[name], LR_SCALE, 1.0)) for name, tensor in trained.items()]
+    optimizer = _plain_adamw(trial.optimizer, rates, trial.precision == "fp64")
     results: list[StepResult] = []
     largest: dict[str, float] = {}
     clip_grad = trial.optimizer.clip_grad
@@ -226,11 +228,13 @@ def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) ->
     return report
 
 
-def _plain_adamw(config: OptimizerConfig, parameters: list[Tensor], fused: bool) -> torch.optim.AdamW:
-    """Fused it rounds as the engine's does, step by step and operator by operator otherwise."""
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+def _plain_adamw(config: OptimizerConfig, rates: list[tuple[Tensor, float]], fused: bool) -> torch.optim.AdamW:
+    """Of parameters with factors of their learning rates. Fused it rounds as the engine's does, step by step and
+    operator by operator otherwise."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p], "lr": config.lr * rate, "weight_decay": config.weight_decay if p.dim() > 1 else 0.0}
+        for p, rate in rates
+    ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, config.lr, betas, config.eps, config.weight_decay, foreach=False, fused=fused)
 

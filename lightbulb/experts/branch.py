@@ -55,8 +55,7 @@ class Branch(NamedTuple):
     @property
     def needs(self) -> int:
         """Tokens it is trained on."""
-        train = self.config.train
-        return train.steps * train.global_batch_size * self.config.model.context_length
+        return self.config.batch_sizes().samples(self.config.train.steps) * self.config.model.context_length
 
     @property
     def folder(self) -> Path:
@@ -251,7 +250,8 @@ class Branches:
         values["parallel"] |= {"data": None} | config.parallel
         values["schedule"] |= SCHEDULE | config.schedule
         values["optimizer"] |= config.optimizer
-        values["train"] |= config.train
+        batch = self.seed.batch_sizes().of_step(self._step)  # of the seed's next step
+        values["train"] |= {"global_batch_size": batch, "batch_stages": []} | config.train
         values |= {
             "run": str(config.folder(cluster)),
             "start_from": str(self.checkpoint),

@@ -18,6 +18,7 @@ from lightbulb.config import Config, Cost, Registered
 from lightbulb.mixers.base import Context, ModelState
 from lightbulb.models.block import Block, BlockConfig
 from lightbulb.models.modifier import ModifierConfig
+from lightbulb.models.scaling import ScalingConfig, mark_learning_rates, scaled
 from lightbulb.models.stack import StackConfig, Stage
 from lightbulb.nn.cross_entropy import linear_cross_entropy
 from lightbulb.nn.embedding import VocabParallelEmbedding
@@ -71,6 +72,9 @@ class LanguageConfig(Config):
     """Coefficient of the squared log-sum-exp of the logits, in training part of the loss (PaLM, arXiv:2204.02311)."""
     init_std: float | None = Field(None, gt=0)
     """Standard deviation of the initial weights; None for sqrt(2 / (5 dim)) (Nguyen and Salazar 2019)."""
+
+    scaling: ScalingConfig | None = None
+    """Width and depth scaling, so that the best learning rate does not depend on either; None for none."""
 
     @model_validator(mode="after")
     def _pattern_divides(self) -> "LanguageConfig":
@@ -150,9 +154,13 @@ class LanguageConfig(Config):
         }
 
     def init(self) -> Init:
-        """Initial standard deviations; what writes to the residual stream shrinks with depth."""
-        std = self.init_std or math.sqrt(0.4 / self.dim)
+        """Initial standard deviations of the blocks; what writes to the residual stream shrinks with depth."""
+        std = self.table_std() / math.sqrt(self.scaling.width(self.dim) if self.scaling else 1.0)
         return Init(std, std / math.sqrt(2 * self.num_layers))
+
+    def table_std(self) -> float:
+        """Initial standard deviation of embedding and head."""
+        return self.init_std or math.sqrt(0.4 / (self.scaling.base_dim if self.scaling else self.dim))
 
     def layer_costs(self) -> list[Cost]:
         """Cost of each block."""
@@ -214,6 +222,8 @@ class LanguageConfig(Config):
         model = LanguageModel(self, stage or Stage(0, self.num_layers, True, True))
         for modifier in self.sorted_modifiers():
             modifier.convert(model)
+        if self.scaling is not None:
+            mark_learning_rates(model, 1.0 / self.scaling.width(self.dim))
         return model
 
     def _on_meta(self) -> "LanguageModel":
@@ -239,9 +249,11 @@ class LanguageModel(nn.Module):
         self.post_process = stage.has_head
         self.share_embeddings_and_output_weights = config.tie_embeddings
         self._input: Tensor | None = None
-        init = config.init()
+        init, std, scaling = config.init(), config.table_std(), config.scaling
+        self._embedding_scale = scaling.scale_emb if scaling else 1.0
+        self._head_scale = 1.0 / scaling.width(config.dim) if scaling else 1.0
         if stage.has_embedding or (stage.has_head and config.tie_embeddings):
-            self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, init.std)
+            self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, std)
             if config.tie_embeddings and not (stage.has_embedding and stage.has_head):
                 # Both copies get gradient buckets of their own: the distributed optimizer reduces each bucket to shards
                 # before the copies' gradients are added up, and the shards of both must cover the same elements.
@@ -252,6 +264,8 @@ class LanguageModel(nn.Module):
                 for i in range(stage.first, stage.last)
             }
         )
+        for block in self.blocks.values() if scaling else ():
+            block.residual_scale = scaling.residual(config.num_layers)
         self.stack = config.stack().build(config.num_layers, stage)
         self._received_widths = config.carried_widths(stage.first)
         if stage.has_head:
@@ -260,7 +274,7 @@ class LanguageModel(nn.Module):
                 # A copy of the first stage's table: its gradient is added to the original's, its norm not counted.
                 self.embedding.weight.shared = True  # type: ignore[attr-defined]
             if not config.tie_embeddings:
-                logical = Logical((config.vocab_size, config.dim), init.std, tensor_dim=0, tensor=self.axis)
+                logical = Logical((config.vocab_size, config.dim), std, tensor_dim=0, tensor=self.axis)
                 self.head = make_parameter(logical)
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
@@ -306,7 +320,7 @@ class LanguageModel(nn.Module):
         gist = self._gist(tokens)
         context = Context(positions, document_ids, rows=rows, noise=noise, recompute=self.recompute, gist=gist)
         if self.pre_process:
-            embedded = self.embedding(self.my_positions(tokens))
+            embedded = self._embed(self.my_positions(tokens))
             carried = self.stack.start(context.at("embedding").dropout(embedded, self.config.dropout))
         else:
             assert self._input is not None
@@ -317,7 +331,7 @@ class LanguageModel(nn.Module):
             if torch.is_grad_enabled() and not sent.requires_grad:
                 sent.requires_grad_()  # nothing is trained up to here, but the schedule runs this stage's backward too
             return sent
-        x = self.norm(carried[0])
+        x = self._for_head(carried[0])
         if labels is None:
             return self._logits(x)
         labels = self.my_positions(labels)
@@ -361,8 +375,15 @@ class LanguageModel(nn.Module):
             extra["gist"] = state["gist"].index_copy(1, positions, gist)
             known = extra["gist"][:, : start + length]
         context = Context(positions, gist=known)
-        carried, updated = self.run_blocks(self.stack.start(self.embedding(tokens)), context, state)
-        return self._logits(self.norm(carried[0])), updated | extra
+        carried, updated = self.run_blocks(self.stack.start(self._embed(tokens)), context, state)
+        return self._logits(self._for_head(carried[0])), updated | extra
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return scaled(self.embedding(tokens), self._embedding_scale)
+
+    def _for_head(self, x: Tensor) -> Tensor:
+        """What the head multiplies; its logits' scale is that of its input."""
+        return scaled(self.norm(x), self._head_scale)
 
     def _gist(self, tokens: Tensor) -> Tensor | None:
         return None if self.config.gist_token_id is None else tokens == self.config.gist_token_id

@@ -30,7 +30,14 @@ from lightbulb.nn.parameter import initialise, logical_of, set_values, stored_va
 from lightbulb.parallel import megatron_cpu
 from lightbulb.parallel.collective import any_rank
 from lightbulb.parallel.host import Precision
-from lightbulb.parallel.optimizer import OptimizerConfig, build_optimizer, parts, read_state, write_state
+from lightbulb.parallel.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    parts,
+    read_state,
+    set_learning_rate,
+    write_state,
+)
 from lightbulb.parallel.pipeline_cut import language_stages
 from lightbulb.parallel.topology import ParallelConfig, destroy_groups, initialize_groups
 from lightbulb.routing.balance import summarise
@@ -327,8 +334,7 @@ class Engine:
             router.set_load(self._loads[name].to(self.device))
 
     def _update(self, grad_norm: float, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         for link in self.optimizer.chained_optimizers:
             if link.get_parameters():
                 clip_grad_by_total_norm_fp32(link.get_parameters(), self.optimizer_config.clip_grad, grad_norm)

@@ -92,7 +92,7 @@ class History:
             raise DataError(f"{error} (if the corpus was moved, say where it is now with --data DIR)") from None
         self.sequence = self.loader.sequence
         self.path = self.loader.corpus.path
-        self._batch = config.train.global_batch_size
+        self._step_at = config.batch_sizes().step_at
         self._lines: dict[int, list[Line]] = defaultdict(list)
         for _, line in read_ledger(run, self.steps):
             self._lines[line.step].append(line)
@@ -165,7 +165,7 @@ class History:
             places = np.flatnonzero(np.isin(self.sequence.plain_order(epoch), rows))
             for place in places[places + epoch * size < samples]:
                 row = int(self.sequence.plain_order(epoch)[place])
-                yield self._use(number, row, epoch, int(epoch * size + place) // self._batch + 1)
+                yield self._use(number, row, epoch, self._step_at(int(epoch * size + place)) + 1)
 
     def _mixed_uses(self, number: int, rows: np.ndarray) -> Iterator[Use]:
         runs = self._runs.get(self.sequence.names[number])

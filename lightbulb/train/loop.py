@@ -218,7 +218,7 @@ class Trainer:
         self._cleanup.callback(self.engine.close)
         self.outer = Outer(config.outer, self.engine, self.folder, self._stop, self._watchdog) if config.outer else None
         self.loader = TrainLoader(
-            config.data, model.context_length, model.vocab_size, config.seed, train.global_batch_size,
+            config.data, model.context_length, model.vocab_size, config.seed, config.batch_sizes(),
             train.micro_batch_size, self.engine.data_rank, data, config.mixtures(),
         )  # fmt: skip
         self._cleanup.callback(self.loader.close)
@@ -343,12 +343,12 @@ class Trainer:
             return
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
-        stop = self.loader.samples_consumed
+        first, stop = map(self.loader.batch_sizes.samples, (self.step - 1, self.step))
         spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         log.warning(
             "step %d skipped on all ranks, %s: loss %s, gradient norm %s (samples %d to %d)",
             self.step, f"a spike over {self.config.train.spike_sigma:g} sigma" if spike else "not finite",
-            result.loss, result.grad_norm, stop - self.config.train.global_batch_size, stop - 1,
+            result.loss, result.grad_norm, first, stop - 1,
         )  # fmt: skip
         if self._skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise TrainingError(

@@ -34,6 +34,7 @@ RULES = {
     "optimizer": Rule.SAID,  # also the betas: a lower learning rate or other betas are how spikes are cured
     "schedule": Rule.SAID,
     "train.steps": Rule.SAID,  # the schedule counts in fractions of it
+    "train.batch_stages": Rule.SAID,  # those that have begun are held to what they were, by the samples read
     "train.max_skipped_steps": Rule.SAID,
     "train.kernels": Rule.SAID,  # the same function, rounded otherwise
     "data.document_mask": Rule.SAID,
@@ -84,6 +85,7 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
             f"{checkpoint.folder}: trained with {'; '.join(refused[:MAX_NAMED])}{more}; use the run's own config.yaml, "
             "or another run folder for the changed one"
         )
+    _check_samples(checkpoint, config)
     return said
 
 
@@ -95,6 +97,18 @@ def settle_precision(config: RunConfig, checkpoint: Checkpoint | None, device: t
         if checkpoint is not None:
             precision = checkpoint.state.config["train"]["precision"]
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+def _check_samples(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Whether the batch sizes up to the checkpoint are those it was trained with."""
+    state = checkpoint.state
+    read, wanted = state.loader.get("samples_consumed"), config.batch_sizes().samples(state.step)
+    if not state.is_untrained and read != wanted:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {read} contexts were read up to step {state.step}, with this config's "
+            f"train.batch_stages it would be {wanted}; only stages after that step may change (a start that is a step "
+            "stays where it is when train.steps changes)"
+        )
 
 
 def rule_of(key: str) -> Rule:

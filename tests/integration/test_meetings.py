@@ -138,13 +138,13 @@ def test_who_waits_stops_for_a_signal_and_names_who_is_missing(start, branches, 
         assert final_hashes(tmp_path / f"alone-{branch}") == final_hashes(whole[branch])
 
 
-def test_branches_of_two_ranks_are_those_of_one(start, branches, whole, tmp_path: Path) -> None:
-    for layout in ("tensor", "data"):
-        paths = branches(layout, (1, 2))
-        commands = [start("pretrain", [str(path), f"parallel.{layout}=2"], world_size=2) for path in paths]
-        for command in commands:
-            assert command.wait() == 0, command.text()
-        for branch in (0, 1):
-            ours, expected = tensors(tmp_path / f"{layout}-{branch}"), tensors(whole[branch])
-            for name in expected:
-                torch.testing.assert_close(ours[name], expected[name], rtol=1e-3, atol=1e-5, msg=name)
+@pytest.mark.parametrize("layout", ["tensor", pytest.param("data", marks=pytest.mark.slow)])
+def test_branches_of_two_ranks_are_those_of_one(start, branches, whole, tmp_path: Path, layout: str) -> None:
+    paths = branches(layout, (1, 2))
+    commands = [start("pretrain", [str(path), f"parallel.{layout}=2"], world_size=2) for path in paths]
+    for command in commands:
+        assert command.wait() == 0, command.text()
+    for branch in (0, 1):
+        ours, expected = tensors(tmp_path / f"{layout}-{branch}"), tensors(whole[branch])
+        for name in expected:
+            torch.testing.assert_close(ours[name], expected[name], rtol=1e-3, atol=1e-5, msg=name)
