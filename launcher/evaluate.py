@@ -3,27 +3,25 @@
 Reads the newest checkpoint of each run (or a folder that `lightbulb pack` wrote) and the held-out split of a corpus.
 Writes RUN/evaluation.json (bits per byte by domain and cluster, expert use) and pictures of which experts tokens go to;
 with `--ensemble` OUT/evaluation.json for the runs as one cluster-weighted mixture. `--tasks` runs tasks of
-lm-eval-harness from local files (`pip install 'lightbulb[eval]'`). Known results are not computed again (`--again` does).
-See docs/evaluation.md; next: `lightbulb report RUN`.
+lm-eval-harness from local files (`pip install 'lightbulb[eval]'`). Known results are shown as they are, with `--again`
+they are computed again. See docs/evaluation.md.
 """
 
 import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightbulb.config import Config, ConfigError, build_config
 from lightbulb.data.config import DataError
 from lightbulb.data.tokenizer import TokenizerError
 from lightbulb.evaluation.ensemble import EnsembleConfig
-from lightbulb.evaluation.results import names_of, show
+from lightbulb.evaluation.results import names_of, reading_bar, show
 from lightbulb.evaluation.runs import EvaluationConfig, Subject, evaluate_ensemble, evaluate_run
 from lightbulb.folder import FolderError
 from lightbulb.train.manifest import CheckpointError
@@ -61,9 +59,10 @@ def parser() -> argparse.ArgumentParser:
     for config in (EvaluationConfig, EnsembleConfig):
         for name, field in config.model_fields.items():
             if name != "weights":
-                kind = {"action": "store_true"} if field.annotation is bool else {}
-                about = field.description + ("" if field.default is None else f" (default {field.default})")
-                result.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **kind)
+                action = "store_true" if field.annotation is bool else "store"
+                about = f"{field.description} (default {field.default})"
+                option = "--" + name.replace("_", "-")
+                result.add_argument(option, action=action, default=argparse.SUPPRESS, help=about)
     return result
 
 
@@ -78,7 +77,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"runs": {}, "tasks": {}}
     for name, subject in zip(names, subjects, strict=True):
         if options.data is not None and options.ensemble is None:
-            with _bar(name) as advance:
+            with reading_bar(name) as advance:
                 found["runs"][name] = evaluate_run(subject, options.data, options.again, advance)
         if options.tasks is not None:
             found["tasks"][name] = _harness().evaluate_tasks(subject, options.tasks, options.again)
@@ -86,10 +85,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         config = _settings(EnsembleConfig, options, {"weights": options.ensemble})
         clusters = None if options.clusters is None else _numbers(options.clusters)
         found["out"] = str(options.out or options.runs[0].parent / f"ensemble-{options.ensemble}")
-        with _bar(f"ensemble of {len(subjects)}") as advance:
-            result = evaluate_ensemble(
-                subjects, options.data, config, Path(found["out"]), clusters, options.again, advance
-            )
+        with reading_bar(f"ensemble of {len(subjects)}") as advance:
+            out = Path(found["out"])
+            result = evaluate_ensemble(subjects, options.data, config, out, clusters, options.again, advance)
         found["runs"] = dict(zip(names, result["members"], strict=True)) | {"ensemble": result}
     return found
 
@@ -114,15 +112,6 @@ def _numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise ConfigError(f"--clusters: {text!r} is not a list of numbers such as 0,1,2") from None
-
-
-@contextmanager
-def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that shows contexts read."""
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("contexts"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,9 @@ def stored_losses(text: HeldOutText, losses: Sequence[Tensor]) -> Iterator[tuple
     for batch in text:
         here = torch.stack([part[first : first + len(batch.tokens)] for part in losses])
         first += len(batch.tokens)
-        yield Batch(*(None if part is None else part[: here.shape[1]] for part in batch)), here
+        rows = slice(here.shape[1])
+        changes = {name: part[rows] for name, part in batch._asdict().items() if part is not None}
+        yield batch._replace(**changes), here
 
 
 def score(text: HeldOutText, found: Iterable[tuple[Batch, Tensor]]) -> Scores:

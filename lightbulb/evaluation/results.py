@@ -1,11 +1,13 @@
-"""``evaluation.json``: results by what they are results of, and tables of several side by side."""
+"""``evaluation.json``: results by what they are results of; and the console: a bar, and tables of several runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import orjson
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lightbulb.config import ConfigError
@@ -103,6 +105,15 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
         )
 
 
+@contextmanager
+def reading_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that shows how many contexts a model has read."""
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("contexts"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def bits_table(results: Mapping[str, Result]) -> Table:
     """Bits per byte of results by name, a column each; the best of a row is bold."""
     table = Table("held-out text", *results, title="Bits per byte (lower is better)")
@@ -127,9 +138,7 @@ def _add(table: Table, name: str, values: Sequence[float | None]) -> None:
 
 def experts_table(results: Mapping[str, Result]) -> Table | None:
     """Specialisation of each layer with a router, or None where no result has one."""
-    table = Table(
-        "run", "layer", "bits", "of the most", "dead", "overloaded", title="What experts tell about the domain"
-    )
+    table = Table("run", "layer", "bits", "of the most", "dead", "overloaded", title="What experts tell of domains")
     table.columns[1].no_wrap = True
     for run, result in results.items():
         for name, layer in result.get("experts", {}).get("layers", {}).items():

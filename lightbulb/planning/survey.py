@@ -47,6 +47,7 @@ PARTS = (
     Part("flash-attn", "flash_attn", "attention by torch's own kernels, flash among them on CUDA"),
     Part("mamba-ssm", "mamba_ssm", "Mamba layers scan in torch: slower on CUDA"),
     Part("causal-conv1d", "causal_conv1d", "short convolutions by torch's conv1d: slower on CUDA"),
+    Part("lm-eval", "lm_eval", "no tasks in lightbulb evaluate"),
     Part("transformer-engine", "transformer_engine", "torch's layers and optimizer steps: no FP8, slower on CUDA"),
 )
 
