@@ -107,7 +107,12 @@ def draw_tree(roots: Sequence[Node], path: Path) -> None:
         row, colour = rows[id(node)], COLOURS.get(node.kind, "#b8c0cc")
         for number, parent in enumerate(node.parents):
             corner = depths[id(parent)] + 0.03
-            style = {"color": "#b8c0cc", "linewidth": 1.2, "linestyle": "-" if number == 0 else ":", "zorder": 1}
+            style: dict[str, Any] = {
+                "color": "#b8c0cc",
+                "linewidth": 1.2,
+                "linestyle": "-" if number == 0 else ":",
+                "zorder": 1,
+            }
             axis.plot([corner, corner, depth], [rows[id(parent)], row, row], **style)
         axis.scatter([depth], [row], s=70, color=colour, zorder=2)
         axis.annotate(node.name, (depth, row), (9, 3), textcoords="offset points", fontsize=9, fontweight="bold")

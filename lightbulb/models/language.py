@@ -7,7 +7,7 @@ stage it is the whole model.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -264,8 +264,9 @@ class LanguageModel(nn.Module):
                 for i in range(stage.first, stage.last)
             }
         )
-        for block in self.blocks.values() if scaling else ():
-            block.residual_scale = scaling.residual(config.num_layers)
+        if scaling is not None:
+            for block in self.blocks.values():
+                cast(Block, block).residual_scale = scaling.residual(config.num_layers)
         self.stack = config.stack().build(config.num_layers, stage)
         self._received_widths = config.carried_widths(stage.first)
         if stage.has_head:

@@ -95,7 +95,7 @@ def _learning_rates(chunks: list[DistributedDataParallel]) -> dict[ParamKey, Par
     """A group of its own for each factor of the learning rate that parameters are marked with."""
     marks = {getattr(parameter, LR_SCALE, 1.0) for chunk in chunks for parameter in chunk.parameters()}
     return {
-        ParamKey(predicate=ParamPredicate(f"{LR_SCALE} {mark}", partial(_is_marked, mark=mark))): {"lr_mult": mark}  # type: ignore[typeddict-unknown-key]
+        ParamKey(predicate=ParamPredicate(f"{LR_SCALE} {mark}", partial(_is_marked, mark=mark))): {"lr_mult": mark}
         for mark in sorted(marks - {1.0})
     }
 
