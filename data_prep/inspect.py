@@ -20,11 +20,17 @@ from lightbulb.folder import explained
 
 
 class Sample(NamedTuple):
-    """A piece of a document as it stands in a row."""
+    """A piece of a document as it stands in a row.
+
+    Attributes:
+        place: split, group and row.
+        tokens: how many it has.
+        parts: its text by turns, each with whether it counts towards the loss.
+    """
 
     place: str
     tokens: int
-    text: str
+    parts: list[tuple[str, bool]]
 
 
 def open_manifest(folder: Path) -> dict[str, Any]:
@@ -49,7 +55,8 @@ def tables(manifest: dict[str, Any]) -> Iterator[Table]:
             entry["source"], f"{entry['documents']:,}", f"{entry['bytes'] / 1e6:.2f}", repaired or "-", dropped or "-"
         )
     yield sources
-    groups = _table("split", "group", "documents", "MB", "tokens", "share", "rows", "bytes/token")
+    masked = ("counted",) if has_loss_mask(manifest) else ()
+    groups = _table("split", "group", "documents", "MB", "tokens", *masked, "share", "rows", "bytes/token")
     for split, entries in manifest["splits"].items():
         total = sum(entry["tokens"] for entry in entries.values())
         for name, entry in entries.items():
@@ -59,11 +66,17 @@ def tables(manifest: dict[str, Any]) -> Iterator[Table]:
                 f"{entry['documents']:,}",
                 f"{entry['bytes'] / 1e6:.2f}",
                 f"{entry['tokens']:,}",
+                *(f"{entry['counted_tokens'] / max(1, entry['tokens']):.1%}" for _ in masked),
                 f"{entry['tokens'] / max(1, total):.1%}",
                 f"{entry['rows']:,}",
                 f"{entry['bytes_per_token']:.3f}",
             )
     yield groups
+
+
+def has_loss_mask(manifest: dict[str, Any]) -> bool:
+    """Whether the rows say which tokens count."""
+    return any("counted_tokens" in entry for groups in manifest["splits"].values() for entry in groups.values())
 
 
 def _table(*columns: str) -> Table:
@@ -85,7 +98,8 @@ def samples(folder: Path, manifest: dict[str, Any], split: str, count: int, seed
         raise CorpusError(f"{folder}: split {split!r} has no rows; it has {', '.join(manifest['splits'])}")
     tokenizer = Tokenizer.load(folder / TOKENIZER_NAME, manifest["config"]["tokenizer"]["eos"])
     length = manifest["context_length"] + 1
-    shards = ShardFormat(length, token_dtype(manifest["tokenizer"]["vocab_size"]), manifest["config"]["shard_bytes"])
+    dtype, has_mask = token_dtype(manifest["tokenizer"]["vocab_size"]), has_loss_mask(manifest)
+    shards = ShardFormat(length, dtype, manifest["config"]["shard_bytes"], has_mask)
     generator = np.random.default_rng(seed)
     found = []
     for place in np.sort(generator.choice(ends[-1], min(count, int(ends[-1])), replace=False)):
@@ -94,9 +108,19 @@ def samples(folder: Path, manifest: dict[str, Any], split: str, count: int, seed
         shard, row = divmod(number, shards.rows_per_shard)
         content = shards.read(folder / split / name / groups[name]["shards"][shard]["basename"], row)
         pieces = np.unique(content["document_ids"][content["document_ids"] != PADDING_DOCUMENT])
-        ids = content["tokens"][content["document_ids"] == generator.choice(pieces)].tolist()
-        found.append(Sample(f"{split}/{name} row {number}", len(ids), tokenizer.decode(ids)))
+        chosen = content["document_ids"] == generator.choice(pieces)
+        ids = content["tokens"][chosen]
+        counted = content["loss_mask"][chosen] if has_mask else np.ones_like(ids)
+        parts = _parts(ids, counted, tokenizer)
+        found.append(Sample(f"{split}/{name} row {number}", len(ids), parts))
     return found
+
+
+def _parts(ids: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The text of the ids, cut where they begin or cease to count."""
+    cuts = np.flatnonzero(np.diff(counted)) + 1
+    pieces = zip(np.split(ids, cuts), np.split(counted, cuts), strict=True)
+    return [(tokenizer.decode(piece.tolist()), bool(flags[0])) for piece, flags in pieces]
 
 
 def draw(folder: Path, path: Path) -> None:

@@ -34,9 +34,10 @@ from lightbulb.data_prep.manifest import (
 from lightbulb.data_prep.mds import write_index
 from lightbulb.data_prep.relate import Cluster, Embed, FitEmbedder, Order
 from lightbulb.data_prep.split import SPLITS, TRAIN, Split
-from lightbulb.data_prep.step import REPORT_NAME, Output, digest
+from lightbulb.data_prep.step import REPORT_NAME, Output, Step, digest
 from lightbulb.data_prep.tokenise import TOKENIZER_NAME, MakeTokenizer, Tokenise
 from lightbulb.data_prep.tokens import ReadTokens, TakeTokens
+from lightbulb.data_prep.turns import CUT, TOO_LONG, TokeniseTurns
 from lightbulb.data_prep.work import Work, display
 from lightbulb.data_prep.write import CLUSTERS_NAME, Pack, Write
 from lightbulb.folder import FolderError, check_writable, claim, explained, sync_folder
@@ -132,16 +133,21 @@ class _Build:
         drops = self.drop(documents, counts)
         split = work.run(Split(documents, tuple(drops.outputs), config.held_out_fraction))
         tokenizer = work.run(MakeTokenizer(config.tokenizer, documents, split))
-        taken = TakeTokens(documents, split) if config.is_tokenised else None
-        tokens = work.run(taken or Tokenise(documents, split, tokenizer, config.tokenizer.eos))
+        tokens = work.run(self.tokenising(documents, split, tokenizer))
+        conversations = tuple(number for number, way in enumerate(config.too_long) if way is not None)
+        if conversations:
+            drops.add(TOO_LONG, tokens, counts)
+            for report in tokens.reports:
+                for source, number in report["cut"].items():
+                    counts[int(source)].repaired[CUT] += number
         related = self.relate(documents, split)
         clusters, order = related.clusters, related.order
-        pack = Pack(documents, split, tokens, clusters, order, config.pack, config.context_length, config.seed)
-        packed = work.run(pack)
+        length, seed = config.context_length, config.seed
+        packed = work.run(Pack(documents, split, tokens, clusters, order, config.pack, length, seed, conversations))
         self.check_not_empty(packed)
         self.lineage = work.run(Lineage(documents, split, tuple(drops.named), clusters, tokens, packed))
         eos_id = tokenizer.reports[0]["eos_id"]
-        shards = work.run(Write(packed, tokens, config.context_length, config.shard_bytes, eos_id))
+        shards = work.run(Write(packed, tokens, length, config.shard_bytes, eos_id))
         work.remove_unused()
         return self.assemble(everything, counts, tokenizer, related, packed, shards)
 
@@ -150,6 +156,16 @@ class _Build:
         config = self.config
         given = (config.sources, config.clean, self.inputs, config.task_bytes)
         return ReadTokens(*given, config.tokenizer) if config.is_tokenised else Read(*given)
+
+    def tokenising(self, documents: Documents, split: Output, tokenizer: Output) -> Step:
+        """The step that writes the ids of every document: of texts, of conversations, or as they were read."""
+        config = self.config
+        if config.is_tokenised:
+            return TakeTokens(documents, split)
+        given = (documents, split, tokenizer, config.tokenizer.eos)
+        if any(config.too_long):
+            return TokeniseTurns(*given, config.too_long, config.context_length + 1)
+        return Tokenise(*given)
 
     def drop(self, documents: Documents, counts: list[Counts]) -> _Drops:
         """Everything that drops whole documents, before they are divided."""

@@ -33,6 +33,7 @@ from lightbulb.data_prep.config import (
     SourceConfig,
     TextConfig,
 )
+from lightbulb.data_prep.conversation import Rendered, render
 from lightbulb.data_prep.counts import CorpusError, Counts
 from lightbulb.data_prep.documents import Document, named
 from lightbulb.data_prep.files import READ_BYTES, InputFile, opened
@@ -261,21 +262,31 @@ def _check_columns(source: RecordSourceConfig, names: list[str], reading: Readin
 
 
 def _from_record(source: RecordSourceConfig, record: Any, reading: Reading, place: str) -> Iterator[Document]:
-    values = {field: _field(record, field) for field in source.text_fields}
-    for field, value in values.items():
-        if not (isinstance(value, str) if source.template is None else isinstance(value, str | int | float | list)):
-            reading.drop(f"no_field_{field}", place)
-            return
-    text = values[source.text_field] if source.template is None else _filled(source.template, source.join, values)
-    if len(text) > MAX_DOCUMENT_BYTES:
+    found = _rendered(source, {field: _field(record, field) for field in source.text_fields})
+    if isinstance(found, str):
+        reading.drop(found, place)
+        return
+    if len(found.text) > MAX_DOCUMENT_BYTES:
         reading.drop("too_long", place)
         return
     if source.id_field is not None and (name := _field(record, source.id_field)) is not None:
         place = f":{name}"
-    document = reading.document(text, place)
+    document = reading.document(found.text, place)._replace(answers=found.answers)
     if source.domain_field is not None and (domain := _field(record, source.domain_field)) is not None:
         document = document._replace(domain=named(domain))
     yield document
+
+
+def _rendered(source: RecordSourceConfig, values: dict[str, Any]) -> Rendered | str:
+    """A record's fields as text, or the reason why it is dropped."""
+    if source.conversation is not None:
+        return render(source.conversation, list(values.values()))
+    for field, value in values.items():
+        if not (isinstance(value, str) if source.template is None else isinstance(value, str | int | float | list)):
+            return f"no_field_{field}"
+    return Rendered(
+        values[source.text_field] if source.template is None else _filled(source.template, source.join, values)
+    )
 
 
 def _field(record: Any, field: str) -> Any:

@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("lightbulb.launcher.pretrain", "train a model on shards; resumes where it stopped"),
     "branch-decay": ("lightbulb.launcher.branch_decay", "fork a stable run into decays with other mixtures"),
     "tree": ("lightbulb.launcher.tree", "draw where runs came from: branches, decays, mixtures"),
+    "finetune": ("lightbulb.launcher.finetune", "go on from a run: routers, experts, LoRA, prompts and answers"),
     "verify": ("lightbulb.launcher.verify", "check a corpus, or a run's checkpoints, sample ledger and data"),
     "ledger": ("lightbulb.launcher.ledger", "say what a run was trained on: documents, steps, epochs"),
     "prove": ("lightbulb.launcher.prove", "compare every parallel layout with one process"),

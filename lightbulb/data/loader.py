@@ -19,10 +19,9 @@ from lightbulb.data.config import DataConfig, DataError, MixtureConfig
 from lightbulb.data.corpus import Corpus
 from lightbulb.data.mixture import domain_of, resolve
 from lightbulb.data.sequence import Draw, SampleSequence
+from lightbulb.data.shards import IGNORED_LABEL, PADDING_DOCUMENT
 
-IGNORED_LABEL = -100
 PADDING_SAMPLE = -1
-PADDING_DOCUMENT = 0  # as data_prep/tokenise.py writes it
 
 
 class Batch(NamedTuple):
@@ -30,7 +29,7 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: inputs.
-        labels: the token after each input; ``IGNORED_LABEL`` where there is none.
+        labels: the token after each input; ``IGNORED_LABEL`` where there is none, or it does not count.
         document_ids: number of each input's document within its row, or None without ``document_mask``.
         sample_ids: place of each row in the endless sequence of epochs (held out: its number), whichever rank reads
             it; ``PADDING_SAMPLE`` where a batch has no row.
@@ -324,9 +323,10 @@ def _batch(corpus: Corpus, draw: Draw, sample_ids: np.ndarray, size: int, docume
     length = corpus.context_length + 1
     tokens = np.zeros((size, length), dtype=np.int64)
     documents = np.full((size, length), PADDING_DOCUMENT, dtype=np.int64)
-    for i, row in enumerate(draw.rows):
-        tokens[i], documents[i] = corpus[int(row)]
-    labels = np.where(documents[:, 1:] == PADDING_DOCUMENT, IGNORED_LABEL, tokens[:, 1:])
+    labels = np.full((size, corpus.context_length), IGNORED_LABEL, dtype=np.int64)
+    for i, number in enumerate(draw.rows):
+        row = corpus[int(number)]
+        tokens[i], documents[i], labels[i] = row.tokens, row.document_ids, row.labels()
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()),
         torch.from_numpy(labels),

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightbulb.models.language import LanguageConfig, LanguageModel
-from lightbulb.models.trainable import Trainable, freeze, trained_names
 from lightbulb.models.scaling import LR_SCALE
+from lightbulb.models.trainable import Trainable, freeze, trained_names
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import initialise, logical_of, set_values, values_of

@@ -60,7 +60,7 @@ def _rows(corpus: Corpus, mixture: MixtureConfig | None, model: LanguageConfig, 
             for of_group, group in zip(wanted, groups, strict=True)
             for number in range(of_group)
         ]
-    return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents in rows]
+    return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents, _ in rows]
 
 
 def random_contexts(model: LanguageConfig, tokens: int, seed: int) -> list[list[int]]:

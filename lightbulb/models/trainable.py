@@ -61,22 +61,24 @@ def train_flops(config: LanguageConfig, trained: frozenset[str]) -> float:
 
     The backward of a product with a matrix is two products, one for its input's gradient and one for its own; without
     the second where the matrix is frozen, without both in the layers before the first trained one. Everything trained
-    makes it ``Cost.train_flops``. Matrices that a mixture of depths passes by for some tokens count in full.
+    makes it ``Cost.train_flops``. What is before the first trained parameter of its layer counts as if it were behind
+    it, and matrices that a mixture of depths passes by for some tokens as if it did not.
     """
-    model = _on_meta(config)
     layers = [int(name.split(".")[1]) for name in trained if name.startswith("blocks.")]
     first = 0 if "embedding.weight" in trained else min(layers, default=config.num_layers)
-    costs = config.layer_costs()
-    skipped = sum(cost.forward_flops for cost in costs[:first])
+    forward = [cost.forward_flops for cost in config.layer_costs()]
     frozen = [0.0] * config.num_layers
-    for name, logical, share in _matrices(model):
-        layer = int(name.split(".")[1])
-        if layer >= first and name not in trained:
-            frozen[layer] += 2.0 * share * _size(logical)
+    for name, logical, share in _matrices(_on_meta(config)):
+        layer, flops = int(name.split(".")[1]), 2.0 * share * torch.Size(logical.shape).numel()
+        if ".adapter." in name:  # which the layer's own cost does not know
+            forward[layer] += flops
+        if name not in trained:
+            frozen[layer] += flops
     head = "embedding.weight" if config.tie_embeddings else "head"
-    passed = sum(min(spared, cost.forward_flops) for spared, cost in zip(frozen, costs, strict=True))
-    passed += 0.0 if head in trained else config.head_cost().forward_flops
-    return config.cost().train_flops - 2.0 * skipped - passed
+    saved = 0.0 if head in trained else config.head_cost().forward_flops
+    for layer in range(config.num_layers):
+        saved += 2.0 * forward[layer] if layer < first else min(frozen[layer], forward[layer])
+    return config.cost().train_flops - saved
 
 
 def active_share(model: nn.Module, name: str, weight: Logical) -> float:
@@ -123,7 +125,3 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Logical, float]]:
                     yield key, logical_of(parameter), share
         elif isinstance(module, Router):
             yield f"{name}.weight", logical_of(module.weight), 1.0
-
-
-def _size(logical: Logical) -> int:
-    return torch.Size(logical.shape).numel()

@@ -270,7 +270,7 @@ def documents_with_text(history: History, lineage: Lineage, text: str) -> list[D
     for group, shards in corpus.domains.items():
         found: dict[int, list[int]] = {}
         for row in range(len(shards)):
-            tokens, owners = shards[row]
+            tokens, owners, _ = shards[row]
             if text in tokenizer.decode(tokens.tolist()):
                 places = (np.unique(owners[owners > 0], return_index=True)[1]).tolist()
                 parts = np.split(tokens, places[1:])

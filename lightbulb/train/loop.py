@@ -303,7 +303,9 @@ class Trainer:
         self.account.add(counted[1:])
         for sentence in self.account.news():
             log.info("step %d: %s", self.step, sentence)
-        self._write_metrics(result, lr, counted[0], waited / seconds)
+        # Of the whole contexts: places without a label are computed too.
+        places = sum(batch.tokens.numel() for batch in batches) * (self.config.parallel.data or 1)
+        self._write_metrics(result, lr, counted[0], waited / seconds, places)
 
     def _meet(self) -> bool:
         """Bring the trunk together with the other branches', where that is due; False when a stop came before it."""
@@ -357,10 +359,8 @@ class Trainer:
                 f"lower optimizer.lr ({self.config.optimizer.lr}) or look at the samples named above"
             )
 
-    def _write_metrics(self, result: StepResult, lr: float, text_bytes: int, data_wait: float) -> None:
+    def _write_metrics(self, result: StepResult, lr: float, text_bytes: int, data_wait: float, places: int) -> None:
         rate = self._speed.tokens_per_second
-        # Of all places of the contexts: those that have no label are computed too.
-        places = self.config.train.global_batch_size * self.config.model.context_length
         achieved = places / max(self._speed.seconds_per_step, 1e-9) * self._train_flops
         routers = result.routers
         count = max(len(routers), 1)

@@ -5,22 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import MODEL
-from torch import Tensor
 
 from lightbulb.config import build_config
 from lightbulb.evaluation.proof import compare_layout
-from lightbulb.evaluation.trial import Reference, Trial, _my_batches, train_reference
+from lightbulb.evaluation.trial import Reference, Trial, train_reference
 from lightbulb.models.language import LanguageConfig
 from lightbulb.models.trainable import Trainable
-from lightbulb.parallel.engine import Engine
 from lightbulb.parallel.optimizer import OptimizerConfig
 from lightbulb.parallel.topology import ParallelConfig
 from lightbulb.parallel.workers import RankPool
-from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into
-from lightbulb.train.manifest import TrainState, step_folder
-from lightbulb.train.save import Saver
 
 LAYOUTS: list[dict[str, Any]] = [
     {"expert": 2, "data": 2},
