@@ -65,7 +65,7 @@ def bits_per_byte(model: LanguageModel, tokenizer: Tokenizer, rows: Sequence[Row
     token_bytes = np.asarray(tokenizer.token_bytes())
     device = next(model.parameters()).device
     nats, text_bytes = 0.0, 0
-    for tokens, documents in rows:  # one at a time: contexts are long, and there are few
+    for tokens, documents, _ in rows:  # one at a time: contexts are long, and there are few
         ids, numbers = (torch.from_numpy(values.astype(np.int64))[None].to(device) for values in (tokens, documents))
         labels = torch.where(numbers[:, 1:] == PADDING_DOCUMENT, IGNORED_LABEL, ids[:, 1:])
         losses = model(ids[:, :-1], labels, numbers[:, :-1] if document_mask else None)
