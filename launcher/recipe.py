@@ -38,6 +38,9 @@ REFUSALS = (
     ReceiptError, StageError, TokenizerError,
 )  # fmt: skip
 
+WIDTH = 140
+"""Columns of a table in a file."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; gives the exit code."""
@@ -46,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         plan = Plan(load_recipe(options.config, options.overrides))
         plan.check()
         if options.plan:
-            Console().print(cost_table(plan, Machine(options.mfu, options.tflops * 1e12)))
+            console().print(cost_table(plan, Machine(options.mfu, options.tflops * 1e12)))
             return 0
         summary = run_recipe(plan)
     except REFUSALS as error:
@@ -69,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def console() -> Console:
+    """As wide as the terminal, or wide enough for the tables where there is none."""
+    wide = Console()
+    return wide if wide.is_terminal else Console(width=WIDTH)
+
+
 def show(summary: Mapping[str, Any], run: Path) -> None:
     """Print what came out."""
     table = Table("", *("bits per byte", "training FLOPs", "FLOPs per predicted token", "parameters"))
@@ -79,7 +88,7 @@ def show(summary: Mapping[str, Any], run: Path) -> None:
         table.add_row(
             NAMES[name], f"{summary[f'{name}_bpb']:.4f}", f"{flops:.4g}", f"{inference:.4g}", f"{parameters:,}"
         )
-    Console().print(table)
+    console().print(table)
     print(f"report: {run / 'report.html'}")
     print(f"next: lightbulb generate {run / 'decay'} --prompt TEXT")
 

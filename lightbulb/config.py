@@ -171,10 +171,16 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         parent = read_yaml(path.parent / str(base))
         if "base" in parent:
             raise ConfigError(f"{path}: base {base!r} has a base of its own; only one level of inheritance is allowed")
-        values = merge(parent, values)
+        values = _merge(parent, values)
     for override in overrides:
-        values = merge(values, parse_override(override))
+        values = _merge(values, parse_override(override))
     return values
+
+
+def over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Values over defaults, whole mappings merged key by key."""
+    merged: dict[str, Any] = _merge(below, above)
+    return merged
 
 
 def changed(config: C, changes: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> C:
@@ -183,9 +189,9 @@ def changed(config: C, changes: dict[str, Any], overrides: Sequence[str] = (), s
     Raises:
         ConfigError: what comes out is not valid.
     """
-    values = merge(config.model_dump(mode="json"), changes)
+    values = _merge(config.model_dump(mode="json"), changes)
     for text in overrides:
-        values = merge(values, parse_override(text))
+        values = _merge(values, parse_override(text))
     return build_config(type(config), values, source)
 
 
@@ -230,19 +236,19 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
-def merge(below: Any, above: Any) -> Any:
+def _merge(below: Any, above: Any) -> Any:
     """Mappings merge key by key (a changed ``type`` replaces the whole part); list items by index given as key."""
     if isinstance(below, list) and isinstance(above, dict) and above and all(str(k).isdigit() for k in above):
         if any(int(k) >= len(below) for k in above):
             raise ConfigError(f"override index {max(map(int, above))} is outside a list of {len(below)} items")
-        return [merge(item, above.get(str(i), item)) for i, item in enumerate(below)]
+        return [_merge(item, above.get(str(i), item)) for i, item in enumerate(below)]
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     if "type" in above and "type" in below and above["type"] != below["type"]:
         return above
     merged = dict(below)
     for key, value in above.items():
-        merged[key] = merge(below[key], value) if key in below else value
+        merged[key] = _merge(below[key], value) if key in below else value
     return merged
 
 

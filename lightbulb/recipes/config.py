@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from lightbulb.config import Config, build_config, merge, parse_override, read_values
+from lightbulb.config import Config, build_config, over, parse_override, read_values
 from lightbulb.data.config import Mixture
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.evaluation.ensemble import EnsembleConfig
@@ -159,7 +159,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeConfig
     for section in (CORPUS, SEED):
         values[section] = _section(values.get(section), section, path)
     for override in overrides:
-        values = merge(values, parse_override(override))
+        values = over(values, parse_override(override))
     return build_config(RecipeConfig, values, str(path))
 
 
@@ -176,4 +176,4 @@ def _section(value: Any, name: str, recipe: Path) -> Any:
     else:
         inherited.pop("output", None)
     own = {key: item for key, item in value.items() if key != "base"}
-    return merge(inherited, own)
+    return over(inherited, own)

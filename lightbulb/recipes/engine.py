@@ -71,8 +71,13 @@ class Record(BaseModel):
     """When it was done."""
 
 
-def run_stages(folder: Path, stages: Sequence[Stage]) -> dict[str, Record]:
+def run_stages(folder: Path, stages: Sequence[Stage], begin: Callable[[], None] | None = None) -> dict[str, Record]:
     """Do what is not done; gives the records of all stages.
+
+    Args:
+        folder: of the recipe.
+        stages: in an order in which they can be done.
+        begin: called once the folder is ours, before the first stage.
 
     Raises:
         FolderInUse: another process works in the folder.
@@ -82,6 +87,8 @@ def run_stages(folder: Path, stages: Sequence[Stage]) -> dict[str, Record]:
     _refuse_foreign(folder)
     with claim(folder):
         (folder / STAGES).mkdir(exist_ok=True)
+        if begin is not None:
+            begin()
         chain = _Chain(folder, stages)
         for number, stage in enumerate(stages, 1):
             chain.do(stage, f"[{number}/{len(stages)}]")
@@ -124,7 +131,7 @@ class _Chain:
                 stage.work()
             found = stage.digest()
         if found is None:
-            raise StageError(f"stage {stage.name}: ended, but its output is not complete ({stage.paths[0]})")
+            raise StageError(f"stage {stage.name}: ended, but its output is not complete ({stage.title})")
         record.output, record.finished = found, datetime.now().isoformat(" ", "seconds")
         self._write(stage, record)
         self.records[stage.name] = record

@@ -155,8 +155,9 @@ def _binned(values: Sequence[float]) -> np.ndarray:
 
 def _limit(axis: Axes, plan: Plan) -> None:
     """Leave out the seed's first tenth, where everything falls fast, from what the axis shows."""
-    seen = [line.get_ydata()[line.get_xdata() > 0.1 * plan.seed.flops] for line in axis.get_lines()]
-    seen = [part[np.isfinite(part)] for part in seen if np.isfinite(part).any()]
+    lines = [np.asarray(line.get_xydata(), dtype=float) for line in axis.get_lines()]
+    seen = [xy[(xy[:, 0] > 0.1 * plan.seed.flops) & np.isfinite(xy[:, 1]), 1] for xy in lines]
+    seen = [bits for bits in seen if len(bits)]
     if seen:
         low, high = min(part.min() for part in seen), max(part.max() for part in seen)
         axis.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))

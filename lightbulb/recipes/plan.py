@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightbulb.config import ConfigError, Cost, build_config, merge
+from lightbulb.config import ConfigError, Cost, build_config, over
 from lightbulb.experts.branch_config import BranchConfig
 from lightbulb.experts.mixture_model import mixture_config
 from lightbulb.experts.upcycle_config import UpcycleConfig
@@ -181,7 +181,7 @@ class Plan:
         """A run file: the seed's settings, a section's over them."""
         seed = self.recipe.seed.model_dump(mode="json", exclude={"start_from", "prompts"})
         own = {"run": str(self.recipe.run / name), "schedule": {"decay": 0.0}, "train": {"steps": steps}}
-        values = merge(merge(seed, section.values()), own) | {"model": model}
+        values = over(over(seed, section.values()), own) | {"model": model}
         return build_config(RunConfig, values, name)
 
     def _decayed(self, name: str, parent: Training, stable: int, decay_flops: float) -> Training:
@@ -195,7 +195,7 @@ class Plan:
             "warmup": round(stable_run.schedule.warmup * before) / steps,
             "decay": (steps - before - stable) / steps,
         }
-        values = merge(stable_run.model_dump(mode="json"), section.values())
+        values = over(stable_run.model_dump(mode="json"), section.values())
         values |= {"run": str(self.recipe.run / name), "start_from": None, "schedule": schedule}
         values["train"] |= {"steps": steps}
         if section.mixture is not None:

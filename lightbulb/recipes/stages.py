@@ -22,8 +22,8 @@ from typing import Any
 
 import orjson
 
-from lightbulb.config import Config, flatten, save_config
-from lightbulb.data_prep.manifest import read_manifest
+from lightbulb.config import Config, ConfigError, flatten, save_config
+from lightbulb.data_prep.manifest import config_hash, read_manifest
 from lightbulb.data_prep.pipeline import preprocess
 from lightbulb.experts.branch import Branches
 from lightbulb.experts.branch_scores import summarise
@@ -56,8 +56,7 @@ def run_recipe(plan: Plan) -> dict[str, Any]:
         CheckpointError, ConfigError, CorpusError, DataError, ReceiptError, TokenizerError: as of the stages' work.
     """
     run = plan.recipe.run
-    run_stages(run, stages_of(plan))
-    save_config(plan.recipe, run / "recipe.yaml")
+    run_stages(run, stages_of(plan), lambda: save_config(plan.recipe, run / "recipe.yaml"))
     return orjson.loads((run / OUTPUTS[0]).read_bytes())
 
 
@@ -78,15 +77,28 @@ def stages_of(plan: Plan) -> list[Stage]:
 
 
 def _prepare(plan: Plan) -> Stage:
+    """The corpus: the recipe's own, or one that others use too and that must be as the recipe wants it."""
     config = plan.recipe.corpus
+    is_own = config.output.resolve().is_relative_to(plan.recipe.run.resolve())
+
+    def work() -> None:
+        found = read_manifest(config.output.expanduser())
+        if found is not None and not is_own and found["config_hash"] != config_hash(config):
+            raise ConfigError(
+                f"corpus.output: {config.output} holds a corpus of other settings; leave output out, or name a folder "
+                "that is not there yet"
+            )
+        preprocess(config)
 
     def digest() -> str | None:
-        manifest = read_manifest(config.output.expanduser())
-        return None if manifest is None else manifest["digest"]
+        found = read_manifest(config.output.expanduser())
+        if found is None or found["config_hash"] != config_hash(config):
+            return None
+        return str(found["digest"])
 
     settings = _settings(config, FREE_OF_CORPUS)
     title = f"{config.output}, in {plan.recipe.num_clusters} clusters"
-    return Stage("prepare", title, settings, (), (config.output,), lambda: _done(preprocess(config)), digest)
+    return Stage("prepare", title, settings, (), (config.output,) if is_own else (), work, digest)
 
 
 def _training(plan: Plan, training: Training, needs: Sequence[str], after: Training | None = None) -> Stage:

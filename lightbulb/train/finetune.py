@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightbulb.config import ConfigError, build_config, load_config, merge, read_values
+from lightbulb.config import ConfigError, build_config, load_config, over, read_values
 from lightbulb.data.corpus import holds_conversations
 from lightbulb.train.config import RunConfig
 
@@ -33,9 +33,9 @@ def load_finetune_config(path: str | Path, overrides: list[str] | tuple[str, ...
         ConfigError: naming field, value and fix.
     """
     values = read_values(Path(path), overrides)
-    updates, is_merged = values.pop(LORA, None), values.pop("merge", False)
-    if not isinstance(is_merged, bool):
-        raise ConfigError(f"{path}: merge: {is_merged!r} is neither true nor false")
+    updates, merge = values.pop(LORA, None), values.pop("merge", False)
+    if not isinstance(merge, bool):
+        raise ConfigError(f"{path}: merge: {merge!r} is neither true nor false")
     start = _start(values.get("start_from"), path)
     train = values.get("train")
     trainable = train.get("trainable", "all") if isinstance(train, dict) else "all"
@@ -43,19 +43,19 @@ def load_finetune_config(path: str | Path, overrides: list[str] | tuple[str, ...
     data = values.get("data")
     if isinstance(data, dict) and holds_conversations(Path(str(data.get("path"))).expanduser()):
         defaults["data"] = {"document_mask": True}  # else a pair would see the pairs before it in its row
-    run = build_config(RunConfig, merge(defaults, values), str(path))
+    run = build_config(RunConfig, over(defaults, values), str(path))
     if updates is not None:
         run = _with_updates(run, updates, str(path))
     types = {modifier.type for modifier in run.model.modifiers}
-    if is_merged and LORA not in types:
+    if merge and LORA not in types:
         raise ConfigError(f"{path}: merge: there are no updates to merge; add lora: {{rank: 8}}, or leave merge out")
-    if is_merged and QUANTIZED in types:
+    if merge and QUANTIZED in types:
         raise ConfigError(
             f"{path}: merge: the model's weights are quantised in every product, which would round updates away; "
             "leave merge out: the updates stay beside the weights"
         )
     _check_tokenizer(run, path)
-    return Finetuning(run, is_merged)
+    return Finetuning(run, merge)
 
 
 def _start(folder: Any, path: str | Path) -> RunConfig:
@@ -73,7 +73,7 @@ def _defaults(start: RunConfig, is_whole: bool) -> dict[str, Any]:
     with all of it; both after a short warmup, for fresh moments are zero, and down to zero."""
     inherited = start.model_dump(mode="json", include={"model", "optimizer", "prompts"})
     lr = start.optimizer.lr * (0.1 if is_whole else 1.0)
-    return merge(inherited, {"optimizer": {"lr": lr}, "schedule": {"warmup": WARMUP, "decay": 1 - WARMUP}})
+    return over(inherited, {"optimizer": {"lr": lr}, "schedule": {"warmup": WARMUP, "decay": 1 - WARMUP}})
 
 
 def _with_updates(run: RunConfig, updates: Any, path: str) -> RunConfig:

@@ -11,10 +11,13 @@ import pytest
 import yaml
 from training_runs import reached, wait_for
 
+from lightbulb.config import ConfigError
 from lightbulb.recipes.arms import DENSE, ENSEMBLE, MIXTURE, SEED
 from lightbulb.recipes.config import load_recipe
+from lightbulb.recipes.engine import run_stages
 from lightbulb.recipes.plan import Plan, tokens_per_step
 from lightbulb.recipes.report import PICTURES
+from lightbulb.recipes.stages import stages_of
 
 STAGES = ["prepare", "seed", "branch", "mix", "tune", "decay", "dense", "evaluate", "report"]
 WORDS = [["alpha", "beta", "gamma", "delta", "epsilon", "zeta"], ["one", "two", "three", "four", "five", "six"]]
@@ -149,3 +152,17 @@ def test_the_plan_is_printed_and_nothing_is_done(recipe, tmp_path, start):
     for name in ("seed", "branch", "mix", "tune", "decay", "dense", "mixture's arm"):
         assert name in command.text()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_that_others_use_too_is_taken_or_refused_but_never_replaced(recipe, tmp_path):
+    shared = f"corpus.output={tmp_path / 'shared'}"
+    first, second, other = (
+        Plan(load_recipe(recipe, [shared, f"run={tmp_path / name}", f"corpus.seed={seed}"]))
+        for name, seed in (("first", 0), ("second", 0), ("other", 1))
+    )
+    made = run_stages(first.recipe.run, stages_of(first)[:1])["prepare"].output
+    manifest = (tmp_path / "shared/manifest.json").read_bytes()
+    assert run_stages(second.recipe.run, stages_of(second)[:1])["prepare"].output == made
+    with pytest.raises(ConfigError, match=r"corpus.output: .*shared holds a corpus of other settings"):
+        run_stages(other.recipe.run, stages_of(other)[:1])
+    assert (tmp_path / "shared/manifest.json").read_bytes() == manifest
