@@ -1,0 +1,393 @@
+"""What benchmarks/upcycling.py runs: tasks, the arms they make, and what each arm may cost.
+
+Every arm begins with the same seed model and may spend the same training FLOPs after it; those of its branches count.
+FLOPs are those of the models' configs (``cost().train_flops``), so an arm whose model is dearer per token sees fewer
+tokens, and an arm with more phases loses less than a step of each.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from growth.corpora import CLUSTERS, CONTEXT, VOCABULARY
+
+from lightbulb.config import build_config
+from lightbulb.models.language import LanguageConfig
+
+DIM, LAYERS, HEADS, HIDDEN, TOP_K = 64, 2, 4, 176, 2
+BASELINE = "continued_dense"
+BETTER_DOMAIN = "reference"
+"""The domain whose text counts as the better data of a decay."""
+SYNC_EVERY = (1, 8, 64)
+SEED_LENGTHS = {"short": 0.5, "long": 3.0}
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained: tokens of the seed, tokens that continued dense training has after it, rows of a step."""
+
+    seed_tokens: int
+    budget_tokens: int
+    rows: int = 8
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step of one run or branch."""
+        return self.rows * CONTEXT
+
+    def steps(self, flops: float, model: LanguageConfig) -> int:
+        """Optimizer steps that so many training FLOPs pay for."""
+        return int(flops / (model.cost().train_flops * self.step_tokens) * (1 + 1e-12))
+
+    def flops(self, steps: int, model: LanguageConfig) -> float:
+        """Training FLOPs of so many steps."""
+        return steps * self.step_tokens * model.cost().train_flops
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen on a seed that is not reported; the same for all arms of a family."""
+
+    lr: float = 8e-3
+    """Of the seed, and of everything dense that goes on from it or stands beside it."""
+    branch_lr: float = 8e-3
+    moe_lr: float = 8e-3
+    warmup: float = 0.03
+    """Share of a phase's steps over which the learning rate rises, its moments being new."""
+    decay: float = 0.5
+    """Share of a last phase's steps over which the learning rate falls to zero."""
+    branch_share: float = 0.5
+    """Of the budget, in branches that become experts."""
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training, or one evaluation of several models.
+
+    Attributes:
+        name: unique within a seed; the name of its run folder.
+        kind: ``train``, ``sync`` (branches NAME/0.. that share their trunk) or ``ensemble``.
+        settings: all that decides its result besides the seed and what it needs.
+        needs: tasks that must be done.
+        flops: training FLOPs, this task's own.
+    """
+
+    name: str
+    kind: str
+    settings: Settings
+    needs: tuple[str, ...] = ()
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A result to compare, and all tasks that were trained for it after the seed.
+
+    Attributes:
+        name: in the JSON.
+        label: in tables.
+        task: gives the result.
+        spent: tasks whose FLOPs count.
+        baseline: the arm it is compared with.
+        value: key of the task's result.
+        free: its FLOPs are not those of the others, and it says so.
+    """
+
+    name: str
+    label: str
+    task: str
+    spent: tuple[str, ...]
+    baseline: str = BASELINE
+    value: str = "bpb"
+    free: bool = False
+
+
+def model_config(token: Settings, channel: Settings) -> LanguageConfig:
+    """The benchmark's transformer with these mixers."""
+    values = {
+        "vocab_size": VOCABULARY,
+        "dim": DIM,
+        "num_layers": LAYERS,
+        "context_length": CONTEXT,
+        "tie_embeddings": True,
+        "init_std": 0.08,
+        "block_pattern": [{"token": token, "channel": channel}],
+    }
+    return build_config(LanguageConfig, values, "the benchmark's model")
+
+
+ATTENTION: Settings = {"type": "attention", "num_heads": HEADS, "num_kv_heads": HEADS, "qk_norm": True}
+_HEADS = {"type": "moa", "num_kv_heads": HEADS, "head_dim": DIM // HEADS, "qk_norm": True}
+
+
+def dense_config(hidden: int = HIDDEN) -> LanguageConfig:
+    """The dense model."""
+    return model_config(ATTENTION, {"type": "mlp", "hidden_dim": hidden})
+
+
+def mixture_of(experts: int = CLUSTERS, heads: bool = False) -> LanguageConfig:
+    """What it becomes, with a mixture of attention heads if wanted."""
+    router = {"router": {"top_k": TOP_K}}
+    token = _HEADS | {"num_experts": experts} | router if heads else ATTENTION
+    return model_config(token, {"type": "switch", "num_experts": experts, "hidden_dim": HIDDEN} | router)
+
+
+class Plan:
+    """All tasks and arms of one seed.
+
+    Args:
+        scale: how much is trained.
+        tuned: learning rates and the like.
+        shares: share of the corpus' training tokens by domain.
+        quick: only the arms of the JSON line.
+
+    Attributes:
+        tasks: by name, each behind what it needs.
+        arms: by name.
+        budget: FLOPs of an arm after the seed.
+    """
+
+    def __init__(self, scale: Scale, tuned: Tuned, shares: Mapping[str, float], quick: bool):
+        self.scale, self.tuned, self.shares = scale, tuned, shares
+        self.tasks: dict[str, Task] = {}
+        self.arms: dict[str, Arm] = {}
+        self.dense = dense_config()
+        self.budget = scale.budget_tokens * self.dense.cost().train_flops
+        self._seed("seed", 1.0)
+        self.arms["seed"] = Arm("seed", "the seed", "seed", (), free=True)
+        self._continued("", "seed")
+        self._cbtm()
+        self._copies()
+        self._btx("", "seed")
+        self._synced("", "seed", SYNC_EVERY[:1] if quick else SYNC_EVERY)
+        self._from_scratch()
+        if not quick:
+            self._schedules_and_data()
+            for prefix, factor in SEED_LENGTHS.items():
+                self._seed_length(f"{prefix}.", factor)
+
+    def _seed(self, name: str, factor: float) -> None:
+        steps = round(self.scale.seed_tokens * factor) // self.scale.step_tokens
+        self._train(name, self.dense, steps, self.tuned.lr, {"warmup": 0.02, "decay": 0.0}, order=0)
+
+    def _continued(self, prefix: str, seed: str) -> None:
+        """The seed's own run to its end: moments, order of the data and learning rate go on."""
+        before = self.tasks[seed].settings["steps"]
+        steps = self.scale.steps(self.budget, self.dense)
+        schedule = {"warmup": 0.02 * before / (before + steps), "decay": self.tuned.decay * steps / (before + steps)}
+        name = prefix + "dense"
+        self._train(name, self.dense, before + steps, self.tuned.lr, schedule, 0, "resume", (seed,), before=before)
+        self._arm(prefix + BASELINE, "continued dense", name, (name,), prefix + BASELINE)
+
+    def _cbtm(self) -> None:
+        """Branches that take the whole budget, evaluated together; with text at random as a control."""
+        for name, mixtures in (("final", _clusters()), ("random", [{}] * CLUSTERS)):
+            self._branches(name, "seed", 1.0, mixtures, decay=self.tuned.decay)
+            runs = _members(name)
+            self._add(Task(f"{name}/ensemble", "ensemble", {"runs": runs}, tuple(runs)))
+        spent = tuple(_members("final"))
+        self._arm("cbtm_ensemble", "c-BTM, likelihood posterior", "final/ensemble", spent, value="likelihood")
+        for temperature in ("0.05", "0.2", "1.0"):
+            name, label = f"cbtm_tfidf_{temperature}", f"c-BTM, TF-IDF weights, T = {temperature}"
+            self._arm(name, label, "final/ensemble", spent, value=f"tfidf {temperature}")
+        self._arm("cbtm_uniform", "c-BTM, equal weights", "final/ensemble", spent, value="uniform")
+        label = "c-BTM of random clusters, likelihood posterior"
+        self._arm("cbtm_random", label, "random/ensemble", tuple(_members("random")), value="likelihood")
+
+    def _copies(self) -> None:
+        """Mixtures of copies of the seed, and the same width without a choice."""
+        for kind in ("random", "centroid"):
+            name = "sparse" if kind == "random" else f"sparse_{kind}"
+            self._upcycled(name, f"sparse upcycling, {kind} router", ["seed"], ("seed",), "sparse", kind)
+        self._upcycled("drop", "drop-upcycling, random router", ["seed"], ("seed",), "drop", "random")
+        self._upcycled("drop_centroid", "drop-upcycling, centroid router", ["seed"], ("seed",), "drop", "centroid")
+        label = f"{TOP_K} copies, both always used (active width of the mixtures)"
+        self._upcycled("wide", label, ["seed"], ("seed",), "sparse", "random", experts=TOP_K)
+
+    def _btx(self, prefix: str, seed: str, kinds: Sequence[str] = ("random", "centroid")) -> None:
+        """Branches that become experts."""
+        share = self.tuned.branch_share
+        self._branches(prefix + "half", seed, share, _clusters(), decay=0.0)
+        runs = _members(prefix + "half")
+        baseline = prefix + BASELINE
+        for kind in kinds:
+            name = prefix + ("btx" if kind == "random" else f"btx_{kind}")
+            self._upcycled(name, f"BTX, {kind} router", runs, tuple(runs), "btx", kind, baseline=baseline)
+        if not prefix:
+            self._upcycled("btx_moa", "BTX + MoA, centroid router", runs, tuple(runs), "btx+moa", "centroid")
+
+    def _synced(self, prefix: str, seed: str, every: Sequence[int]) -> None:
+        """Branches that share their trunk every so many steps, then become experts."""
+        share, baseline = self.tuned.branch_share, prefix + BASELINE
+        steps = self.scale.steps(share * self.budget / CLUSTERS, self.dense)
+        for count in every:
+            settings = {
+                "model": self.dense.model_dump(mode="json"),
+                "steps": steps,
+                "lr": self.tuned.branch_lr,
+                "schedule": {"warmup": self.tuned.warmup, "decay": 0.0},
+                "every": count,
+                "outer_lr": self.tuned.outer_lr,
+                "outer_momentum": self.tuned.outer_momentum,
+                "order": 1,
+                "rows": self.scale.rows,
+            }
+            name = f"{prefix}sync_{count}"
+            flops = CLUSTERS * self.scale.flops(steps, self.dense)
+            self._add(Task(f"{name}/branches", "sync", settings, (seed,), flops))
+            runs = [f"{name}/branches:{number}" for number in range(CLUSTERS)]
+            label = f"trunk synchronised every {count} steps, centroid router"
+            needs = (f"{name}/branches",)
+            self._upcycled(name, label, runs, needs, "btx", "centroid", baseline=baseline)
+
+    def _from_scratch(self) -> None:
+        """Models that never were the seed, with its FLOPs and the budget's."""
+        for name, label, model in (
+            ("from_scratch", "mixture from scratch", mixture_of()),
+            ("wide_from_scratch", "dense of the mixture's active width, from scratch", dense_config(TOP_K * HIDDEN)),
+        ):
+            lr = self.tuned.moe_lr if name == "from_scratch" else self.tuned.lr
+            total = self.budget + self.tasks["seed"].flops
+            schedule = {"warmup": 0.02, "decay": self.tuned.decay * self.budget / total}
+            self._train(name, model, self.scale.steps(total, model), lr, schedule, order=0)
+            self._arm(name, label, name, (name,))
+
+    def _schedules_and_data(self) -> None:
+        """Continued dense training with one thing changed."""
+        steps, before = self.scale.steps(self.budget, self.dense), self.tasks["seed"].settings["steps"]
+        cosine = {"warmup": 0.02, "decay": 0.98, "shape": "cosine"}
+        self._train("cosine", self.dense, before + steps, self.tuned.lr, cosine, order=0)
+        self._arm("cosine", "dense, cosine over seed and budget", "cosine", ("cosine",))
+        schedule = {"warmup": self.tuned.warmup, "decay": self.tuned.decay}
+        fresh = {
+            "fresh": ("continued dense, moments new", {}),
+            "better_decay": (f"decay with more {BETTER_DOMAIN}, less before", {"mixtures": self._later()}),
+            "in_context": ("continued dense, text in in-context order", {"corpus": "corpus-in-context"}),
+        }
+        for name, (label, changes) in fresh.items():
+            lr = self.tuned.lr
+            self._train(name, self.dense, steps, lr, schedule, 1, "weights", ("seed",), **changes)
+            self._arm(name, label, name, (name,), BASELINE if name == "fresh" else "fresh")
+
+    def _later(self) -> list[Settings]:
+        """Mixtures before and in the decay in which the better domain has its share of all tokens, but most in the
+        decay: half of its share before."""
+        share, decay = self.shares[BETTER_DOMAIN], self.tuned.decay
+        others = {name: value for name, value in self.shares.items() if name != BETTER_DOMAIN}
+        before = share / 2
+        after = (share - before * (1 - decay)) / decay
+        return [
+            {"weights": {BETTER_DOMAIN: own} | {n: v * (1 - own) / (1 - share) for n, v in others.items()}}
+            for own in (before, after)
+        ]
+
+    def _seed_length(self, prefix: str, factor: float) -> None:
+        """The comparison of branches and copies for a seed of another length."""
+        seed = prefix + "seed"
+        self._seed(seed, factor)
+        self.arms[seed] = Arm(seed, f"a seed of {factor:g} times the length", seed, (), prefix + BASELINE, free=True)
+        self._continued(prefix, seed)
+        label = f"sparse upcycling, centroid router, seed x {factor:g}"
+        baseline = prefix + BASELINE
+        self._upcycled(prefix + "sparse_centroid", label, [seed], (seed,), "sparse", "centroid", baseline=baseline)
+        self._btx(prefix, seed, ("centroid",))
+        self._synced(prefix, seed, (SYNC_EVERY[0], SYNC_EVERY[1]))
+
+    def _branches(self, name: str, seed: str, share: float, mixtures: Sequence[Settings], decay: float) -> None:
+        """One run for each cluster; where there is no cluster, each has an order of its own."""
+        steps = self.scale.steps(share * self.budget / CLUSTERS, self.dense)
+        schedule, lr = {"warmup": self.tuned.warmup, "decay": decay}, self.tuned.branch_lr
+        for number, mixture in enumerate(mixtures):
+            changes = {"mixtures": [mixture] if mixture else [], "evaluate": False}
+            order = 1 if mixture else 2 + number
+            self._train(f"{name}/{number}", self.dense, steps, lr, schedule, order, "weights", (seed,), **changes)
+
+    def _upcycled(
+        self,
+        name: str,
+        label: str,
+        sources: Sequence[str],
+        needs: tuple[str, ...],
+        method: str,
+        router: str,
+        experts: int = CLUSTERS,
+        baseline: str = BASELINE,
+    ) -> None:
+        """A mixture of sources, trained with what they left of the budget."""
+        model = mixture_of(experts, heads=method == "btx+moa")
+        trained = tuple(need for need in needs if not need.endswith("seed"))
+        steps = self.scale.steps(self.budget - sum(self.tasks[name].flops for name in trained), model)
+        schedule = {"warmup": self.tuned.warmup, "decay": self.tuned.decay}
+        upcycle = {"method": method, "sources": list(sources), "router": router, "experts": experts}
+        self._train(name, model, steps, self.tuned.moe_lr, schedule, 1, "upcycle", needs, upcycle=upcycle)
+        self._arm(name, label, name, (*trained, name), baseline)
+
+    def _train(
+        self,
+        name: str,
+        model: LanguageConfig,
+        steps: int,
+        lr: float,
+        schedule: Settings,
+        order: int,
+        start: str | None = None,
+        needs: tuple[str, ...] = (),
+        before: int = 0,
+        **changes: Any,
+    ) -> None:
+        """Add a training. ``order`` numbers orders of the data; ``before`` are steps that another task trained."""
+        settings = {
+            "model": model.model_dump(mode="json"),
+            "steps": steps,
+            "rows": self.scale.rows,
+            "lr": lr,
+            "schedule": schedule,
+            "order": order,
+            "start": start,
+            "evaluate": True,
+        }
+        self._add(Task(name, "train", settings | changes, needs, self.scale.flops(steps - before, model)))
+
+    def _arm(
+        self, name: str, label: str, task: str, spent: tuple[str, ...], baseline: str = BASELINE, value: str = "bpb"
+    ) -> None:
+        self.arms[name] = Arm(name, label, task, spent, baseline, value)
+
+    def _add(self, task: Task) -> None:
+        missing = [need for need in task.needs if need not in self.tasks]
+        assert not missing, f"{task.name} needs {missing} before it"
+        self.tasks[task.name] = task
+
+    def flops(self, arm: str) -> float:
+        """Training FLOPs of an arm after the seed; from scratch, less the seed's."""
+        spent = sum(self.tasks[name].flops for name in self.arms[arm].spent)
+        starts = self.tasks[self.arms[arm].task].settings.get("start", "branches")
+        return spent - (self.tasks["seed"].flops if starts is None and spent else 0.0)
+
+    def keys(self, seed: int, corpus: str) -> dict[str, str]:
+        """A name for each task's result that changes with everything the result depends on.
+
+        Args:
+            seed: of the repetition.
+            corpus: digest of the text.
+        """
+        keys: dict[str, str] = {}
+        for name, task in self.tasks.items():
+            content = [asdict(task), seed, corpus, [keys[need] for need in task.needs]]
+            keys[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return keys
+
+
+def _clusters() -> list[Settings]:
+    """Of each cluster, the mixture that draws from it alone."""
+    return [{"weights": {f"*/cluster-{number:02d}": 1.0}} for number in range(CLUSTERS)]
+
+
+def _members(name: str) -> list[str]:
+    return [f"{name}/{number}" for number in range(CLUSTERS)]
