@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "preprocess": ("lightbulb.launcher.preprocess", "write a corpus as shards of tokens"),
     "inspect": ("lightbulb.launcher.inspect", "show what is in a corpus: tables, documents, histograms"),
     "pretrain": ("lightbulb.launcher.pretrain", "train a model on shards; resumes where it stopped"),
+    "branch-decay": ("lightbulb.launcher.branch_decay", "fork a stable run into decays with other mixtures"),
     "verify": ("lightbulb.launcher.verify", "check a corpus, or a run's checkpoints, sample ledger and data"),
     "ledger": ("lightbulb.launcher.ledger", "say what a run was trained on: documents, steps, epochs"),
     "prove": ("lightbulb.launcher.prove", "compare every parallel layout with one process"),

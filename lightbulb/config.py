@@ -169,6 +169,18 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
     return build_config(cls, values, str(path))
 
 
+def changed(config: C, changes: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> C:
+    """A config with changed values, whole mappings merged key by key, and then ``a.b=c`` overrides.
+
+    Raises:
+        ConfigError: what comes out is not valid.
+    """
+    values = _merge(config.model_dump(mode="json"), changes)
+    for text in overrides:
+        values = _merge(values, parse_override(text))
+    return build_config(type(config), values, source)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file (safe loader: no Python objects).
 

@@ -21,6 +21,7 @@ from lightbulb.nn.parameter import logical_of
 from lightbulb.routing.router import Router
 from lightbulb.train.config import RunConfig
 from lightbulb.train.manifest import TrainState, entry, finish_checkpoint, step_folder
+from lightbulb.train.origin import Origin, write_origin
 from lightbulb.train.tensor_file import stream_tensors, sync_file
 
 MODEL = "model-rank0000.safetensors"
@@ -85,7 +86,9 @@ def untrained_config(run: Path, model: LanguageConfig, data: Path, name: str = "
     return build_config(RunConfig, {"run": str(run), "model": model, "data": {"path": str(data)}, "train": train}, name)
 
 
-def write_run(folder: Path, config: RunConfig, pieces: Iterable[Piece], tokenizer: str | None) -> Digests:
+def write_run(
+    folder: Path, config: RunConfig, pieces: Iterable[Piece], tokenizer: str | None, origin: Origin | None = None
+) -> Digests:
     """Write config, tokenizer and checkpoint into a folder.
 
     Args:
@@ -93,6 +96,7 @@ def write_run(folder: Path, config: RunConfig, pieces: Iterable[Piece], tokenize
         config: of the run.
         pieces: of all logical tensors, routers' loads and biases among them, in float32.
         tokenizer: content of its ``tokenizer.json``; None where there is none.
+        origin: what it was made of; None for values from nowhere.
 
     Returns:
         A record of every piece.
@@ -129,6 +133,8 @@ def write_run(folder: Path, config: RunConfig, pieces: Iterable[Piece], tokenize
         if tokenizer is not None:
             (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         save_config(config, folder / "config.yaml")
+        if origin is not None:
+            write_origin(folder, origin)
         sync_folder(checkpoint.parent)
         sync_folder(folder)
     return digests

@@ -18,6 +18,7 @@ from lightbulb.nn.parameter import set_values
 from lightbulb.parallel.optimizer import MOMENTS
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError, newest_checkpoint
 from lightbulb.train.config import RunConfig
+from lightbulb.train.origin import Parent, parent_of
 
 IGNORED = ("rotary_emb.inv_freq",)
 """Endings of tensors that old folders hold and nobody reads."""
@@ -50,6 +51,10 @@ class Source(ABC):
         """
 
     @abstractmethod
+    def parent(self) -> Parent:
+        """What the origin of a run made of it says."""
+
+    @abstractmethod
     def digests(self) -> Digests:
         """Records of all tensors as they lie in the folder, under the names they have there; one at a time is read."""
 
@@ -80,6 +85,9 @@ class RunSource(Source):
 
     def read(self, name: str) -> Tensor:
         return self.read_part(name, ())
+
+    def parent(self) -> Parent:
+        return parent_of(self.checkpoint.folder)
 
     def digests(self) -> Digests:
         return {name: digest(self.read(name), record=True) for name in self.names()}
@@ -127,6 +135,9 @@ class HuggingFaceSource(Source):
             raise
         except ValueError as error:
             raise InteropError(f"{self.path}: {error}") from None
+
+    def parent(self) -> Parent:
+        return Parent(run=str(self.path.resolve()))
 
     def digests(self) -> Digests:
         return {name: digest(self.folder.stored(name), record=True) for name in self.folder.files}

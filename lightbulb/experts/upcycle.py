@@ -36,6 +36,7 @@ from lightbulb.experts.text import held_out_text, tokens_of
 from lightbulb.experts.upcycle_config import UpcycleConfig, gates_sum_to_one
 from lightbulb.folder import built_beside
 from lightbulb.train.config import RunConfig, TrainConfig
+from lightbulb.train.origin import Origin
 
 RANDOM_TOKENS = 256
 DATA = Path("data")
@@ -70,7 +71,7 @@ def upcycle(config: UpcycleConfig) -> Receipt:
             merge.routers = learned_routers(merge, _cluster_texts(merge))
         tokenizer = next((source.tokenizer_path for source in sources if source.tokenizer_path.is_file()), None)
         content = tokenizer.read_text("utf-8") if tokenizer else None
-        tensors_out = write_run(folder, run_config(merge), merge.pieces(), content)
+        tensors_out = write_run(folder, run_config(merge), merge.pieces(), content, _origin(merge))
         comparison, routers = _run_on_text(merge, folder, reference)
         if comparison is not None:
             comparison.check(str(out))
@@ -99,6 +100,12 @@ def run_config(merge: Merge) -> RunConfig:
     data = config.data or (first.data if first else DataConfig(path=DATA))
     settings = {"run": str(config.run), "model": merge.mixture, "data": data, "train": train}
     return RunConfig.model_validate(inherited | settings)
+
+
+def _origin(merge: Merge) -> Origin:
+    """All that gives weights: the sources, and the seed's model where there is one."""
+    models = [*merge.sources, *([merge.seed_model] if merge.seed_model else [])]
+    return Origin(kind="upcycle", parents=[model.parent() for model in models], detail={"method": merge.config.method})
 
 
 def _first_run(sources: list[Source]) -> RunConfig | None:

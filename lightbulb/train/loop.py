@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -36,6 +37,7 @@ from lightbulb.train.kernels import use_kernels
 from lightbulb.train.ledger import Ledger, rewind_ledger
 from lightbulb.train.manifest import TrainState, set_aside_newer, step_folder, sweep
 from lightbulb.train.metrics import FILE_NAME, MetricsWriter, read_metrics
+from lightbulb.train.origin import note_start
 from lightbulb.train.resume import check_resumable
 from lightbulb.train.save import Saver
 from lightbulb.train.schedule import learning_rate_factor
@@ -287,6 +289,8 @@ class Trainer:
         dist.all_gather_object(everywhere, missing)
         own = ", ".join(sorted({name for names in everywhere for name in names}))
         log.info("initial weights from %s; parameters of its own: %s", run, own or "none")
+        assert checkpoint is not None
+        on_rank_zero(partial(note_start, self.folder, checkpoint.folder))
 
     def _train_one_step(self) -> None:
         fault_point("step", self.step + 1)

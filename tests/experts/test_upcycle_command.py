@@ -19,6 +19,8 @@ from lightbulb.experts.upcycle import upcycle
 from lightbulb.experts.upcycle_config import load_upcycle_config
 from lightbulb.launcher.upcycle import main
 from lightbulb.train.checkpoint import load_model_for_inference
+from lightbulb.train.manifest import step_folder
+from lightbulb.train.origin import Origin, parent_of, read_origin
 
 LETTERS = "abcdefghijklmnop "
 
@@ -181,6 +183,8 @@ def test_a_trained_run_goes_on_as_a_mixture(tmp_path, run_file, start):
     for path in (fresh, dense, str(tmp_path / "moe" / "config.yaml")):  # last: it then has a newer checkpoint
         command = start("pretrain", [path])
         assert command.wait() == 0, command.text()
+    started = read_origin(tmp_path / "again")
+    assert started == Origin(kind="start", parents=[parent_of(step_folder(tmp_path / "dense", 2))])
     found = [losses(tmp_path / name) for name in ("moe", "fresh", "again")]
     assert found[0] == found[1]
     assert found[0][1] == pytest.approx(found[2][1], abs=1e-5)

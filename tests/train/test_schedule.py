@@ -41,3 +41,13 @@ def test_phases_longer_than_the_run_are_refused():
         factors(warmup=0.5, decay=0.6)
     with pytest.raises(ConfigError, match="exponential never reaches"):
         factors(shape="exponential")
+
+
+def test_cosine_falls_from_the_end_of_the_warmup_unless_a_decay_is_given():
+    curve = factors(warmup=0.1, shape="cosine", final=0.1)
+    assert curve[9] == 1.0 and curve[10] < 1.0
+    assert curve[54] == pytest.approx(0.1 + 0.9 * 0.5) and curve[-1] == pytest.approx(0.1)
+    late = factors(warmup=0.1, decay=0.2, shape="cosine")
+    assert late[10:80] == [1.0] * 70 and late[89] == pytest.approx(0.5) and late[-1] == pytest.approx(0.0)
+    for warmup in (0.0, 0.015, 0.1, 1 / 3, 0.7):
+        build_config(ScheduleConfig, {"warmup": warmup, "shape": "cosine"})  # the phases just fit

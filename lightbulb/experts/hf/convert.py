@@ -38,6 +38,7 @@ from lightbulb.experts.source import HuggingFaceSource, RunSource, Source, build
 from lightbulb.experts.text import held_out_text, tokens_of
 from lightbulb.folder import built_beside, write_atomically
 from lightbulb.models.language import LanguageConfig
+from lightbulb.train.origin import Origin
 
 TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")
 LOAD = ".load"  # of a router: no parameter
@@ -122,7 +123,8 @@ def import_model(folder: Path, run: Path, options: Options) -> Receipt:
     with built_beside(run) as partial:
         config = untrained_config(run, source.model_config, options.data or Path("data"), str(folder))
         pieces = whole_pieces(source.model_config, source.read, source.names())
-        written = write_run(partial, config, pieces, source.tokenizer_path.read_text("utf-8"))
+        origin = Origin(kind="import", parents=[source.parent()], detail={"architecture": source.family.architecture})
+        written = write_run(partial, config, pieces, source.tokenizer_path.read_text("utf-8"), origin)
         for name in TOKENIZER_EXTRAS:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
