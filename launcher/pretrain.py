@@ -36,12 +36,13 @@ from lightbulb.parallel.rendezvous import LaunchError, adopt_environment
 from lightbulb.train.ancestry import LauncherWatch
 from lightbulb.train.config import RunConfig
 from lightbulb.train.ending import Announced, announce, write_outcome
+from lightbulb.train.exchange import ExchangeError
 from lightbulb.train.loop import TrainingError, open_trainer
 from lightbulb.train.manifest import CheckpointError
 from lightbulb.train.output import outlive_readers
 from lightbulb.train.restart import Job, default_ranks, supervise
 
-REFUSALS = (ConfigError, DataError, FolderError, CheckpointError, TrainingError, RankError, LaunchError)
+REFUSALS = (ConfigError, DataError, FolderError, CheckpointError, TrainingError, RankError, LaunchError, ExchangeError)
 AGREED = (ConfigError, OutOfRows, TrainingError, RankError)
 
 

@@ -46,6 +46,7 @@ from lightbulb.train.tensor_file import TensorFile, TensorFileError, hash_file
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "first_whole",
     "load_into",
     "load_model_for_inference",
     "newest_checkpoint",
@@ -76,6 +77,11 @@ class Checkpoint:
     def state(self) -> TrainState:
         """Everything besides tensors."""
         return read_state(self.folder)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether the optimizer's state is there too; mostly not where a conversion wrote the checkpoint."""
+        return any(name.endswith(f":{MOMENTS[0]}") for name in self.manifest.tensors)
 
     def problems(self, rank: int = 0, world_size: int = 1) -> Iterator[str]:
         """What is wrong with this rank's share of the files."""
@@ -149,7 +155,11 @@ def newest_checkpoint(run: Path, together: bool = False) -> tuple[Checkpoint | N
 
     With ``together``, a collective, every rank checks its share of the files and all of them get the same answer.
     """
-    listed = complete_checkpoints(run)
+    return first_whole(complete_checkpoints(run), together)
+
+
+def first_whole(listed: list[Path], together: bool = False) -> tuple[Checkpoint | None, list[str]]:
+    """As :func:`newest_checkpoint`, of checkpoints that are listed in the order in which they are wanted."""
     if together:
         listed = [Path(name) for name in on_rank_zero(lambda: [str(path) for path in listed])]
     problems: list[str] = []
@@ -176,10 +186,10 @@ def _problems_here(folder: Path, together: bool) -> tuple[list[str], Checkpoint 
 
 
 def load_into(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Put every local part of the checkpoint into the engine's model, optimizer and routers. A converted model that no
-    step was trained of has no moments: they are zero."""
+    """Put every local part of the checkpoint into the engine's model, optimizer and routers. Moments of a converted
+    model that no step was trained of are zero where there are none."""
     engine.optimizer_step = checkpoint.state.optimizer_step
-    has_moments = not checkpoint.state.is_untrained
+    has_moments = checkpoint.has_moments or not checkpoint.state.is_untrained
     for name, parameter in engine.all_parameters():
         is_trained = parameter.requires_grad
         state = checkpoint.read_parameter(name, logical_of(parameter), with_moments=is_trained and has_moments)
@@ -194,24 +204,35 @@ def _load_routers(routers: Iterable[tuple[str, Router]], checkpoint: Checkpoint)
             value.copy_(checkpoint.read(f"{name}.{key}", (slice(0, len(value)),), tuple(value.shape)))
 
 
-def start_from(engine: Engine, checkpoint: Checkpoint) -> list[str]:
-    """Take the weights of another run's checkpoint, and its routers' biases, into a new engine; moments and router
-    loads start anew.
+def start_from(engine: Engine, checkpoint: Checkpoint, with_moments: bool = False) -> list[str]:
+    """Take the weights of another run's checkpoint, and its routers' biases, into a new engine; router loads start
+    anew, and so do moments, unless they are asked for.
 
     Returns:
-        the parameters of this rank that the checkpoint lacks; they keep their initial values.
+        the parameters of this rank that the checkpoint lacks; they keep their initial values, and their moments are
+        zero.
 
     Raises:
-        CheckpointError: a parameter has another shape there, there is none in common, or one that is frozen is missing.
+        CheckpointError: a parameter has another shape there, there is none in common, one that is frozen is missing, or
+            moments are wanted and there are none.
     """
+    if with_moments:
+        if not checkpoint.has_moments:
+            raise CheckpointError(
+                f"{checkpoint.folder}: has no moments; upcycle with moments: keep, or set start_from_moments: false"
+            )
+        engine.optimizer_step = checkpoint.state.optimizer_step
     missing, found = [], 0
     for name, parameter in engine.all_parameters():
         if name not in checkpoint.manifest.tensors:
             missing.append(name)
+            if with_moments and parameter.requires_grad:  # all of them count the same updates
+                engine.write_parameter(parameter, _with_zero_moments({"master": parameter.detach().float()}))
             continue
         found += 1
-        state = checkpoint.read_parameter(name, logical_of(parameter), with_moments=False)
-        engine.write_parameter(parameter, _with_zero_moments(state))
+        takes = with_moments and parameter.requires_grad and f"{name}:{MOMENTS[0]}" in checkpoint.manifest.tensors
+        state = checkpoint.read_parameter(name, logical_of(parameter), with_moments=takes)
+        engine.write_parameter(parameter, state if takes else _with_zero_moments(state))
     for name, router in engine.routers():
         if router.config.bias_rate and f"{name}.bias" in checkpoint.manifest.tensors:
             router.bias.copy_(checkpoint.read(f"{name}.bias", (slice(0, len(router.bias)),), tuple(router.bias.shape)))

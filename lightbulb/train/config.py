@@ -12,6 +12,7 @@ from lightbulb.ops import Kernels
 from lightbulb.parallel.optimizer import OptimizerConfig
 from lightbulb.parallel.pipeline_cut import language_stages
 from lightbulb.parallel.topology import ParallelConfig
+from lightbulb.train.outer import OuterConfig
 from lightbulb.train.schedule import ScheduleConfig, decay_start
 
 __all__ = ["RunConfig", "TrainConfig"]
@@ -57,8 +58,10 @@ class RunConfig(Config):
     run: str
     """Folder of the run: config, metrics, checkpoints, report."""
     start_from: str | None = None
-    """Folder of a run whose newest checkpoint gives the initial weights, by name; parameters it lacks keep theirs. Used
-    while this run has no checkpoint of its own."""
+    """Folder of a run whose newest checkpoint, or of a checkpoint that, gives the initial weights, by name; parameters
+    it lacks keep theirs. Used while this run has no checkpoint of its own."""
+    start_from_moments: bool = False
+    """Take the optimizer's moments from there too, and their number of updates: the run goes on warm."""
     seed: int = Field(1234, ge=0)
     """Seeds initial weights and the order of the data."""
     model: LanguageConfig
@@ -67,6 +70,8 @@ class RunConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
+    outer: OuterConfig | None = None
+    """Keeps the trunk of this run and its sister branches together (`lightbulb branch` writes it)."""
     prompts: list[str] = []
     """Prompts to complete when the run ends."""
 
@@ -77,6 +82,12 @@ class RunConfig(Config):
                 f"train.global_batch_size {self.train.global_batch_size} is not a multiple of "
                 f"train.micro_batch_size {self.train.micro_batch_size}; choose a divisor"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _moments_come_from_somewhere(self) -> "RunConfig":
+        if self.start_from_moments and self.start_from is None:
+            raise ValueError("start_from_moments: no start_from to take moments from; name a run, or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -11,9 +11,8 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,24 +20,25 @@ import torch.distributed as dist
 
 from lightbulb.config import save_config
 from lightbulb.data.config import DataError
-from lightbulb.data.loader import Batch, HeldOut, TrainLoader
+from lightbulb.data.loader import HeldOut, TrainLoader
 from lightbulb.data.mixture import OutOfRows
 from lightbulb.data.tokenizer import Tokenizer
-from lightbulb.folder import check_writable, claim
-from lightbulb.parallel.collective import agree, on_rank_zero
+from lightbulb.folder import FolderError, check_writable, claim
+from lightbulb.parallel.collective import RankError, agree, on_rank_zero
 from lightbulb.parallel.engine import Engine, StepResult
-from lightbulb.parallel.host import Precision, pick_precision
+from lightbulb.parallel.host import Precision
 from lightbulb.train.accounts import DomainAccount, HeldOutTally, bytes_predicted
 from lightbulb.train.agreement import check_same_on_all_ranks
-from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into, newest_checkpoint, start_from
+from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into, newest_checkpoint
 from lightbulb.train.config import RunConfig
+from lightbulb.train.exchange import ExchangeError, Outer
 from lightbulb.train.faults import StopSignal, fault_point, poisoned
+from lightbulb.train.first_weights import take_first_weights
 from lightbulb.train.kernels import use_kernels
 from lightbulb.train.ledger import Ledger, rewind_ledger
 from lightbulb.train.manifest import TrainState, set_aside_newer, step_folder, sweep
 from lightbulb.train.metrics import FILE_NAME, MetricsWriter, read_metrics
-from lightbulb.train.origin import note_start
-from lightbulb.train.resume import check_resumable
+from lightbulb.train.resume import check_resumable, settle_precision
 from lightbulb.train.save import Saver
 from lightbulb.train.schedule import learning_rate_factor
 from lightbulb.train.spikes import WINDOW, SpikeRule
@@ -75,7 +75,7 @@ class Trainer:
             on_rank_zero(self._claim)
             self._watchdog = self._cleanup.enter_context(Watchdog(self.folder, config.train.hang_seconds))
             checkpoint = self._find_checkpoint(config)
-            self.config = self._settle(config, checkpoint)
+            self.config = settle_precision(config, checkpoint, device)
             self._build(checkpoint)
         except BaseException:
             self.close()
@@ -94,13 +94,15 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step; False when a signal stopped the run earlier (its state is saved)."""
         train = self.config.train
-        while self.step < train.steps:
+        is_together = self._meet()
+        while self.step < train.steps and is_together:
             try:
                 with self._watchdog.section("step", self.step + 1):
                     self._train_one_step()
                     self.saver.poll()
             except OutOfRows as error:
                 self._end_without_rows(error)
+            is_together = self._meet()
             if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
                 self.evaluate(train.eval_contexts, self._stop)
             stopping = self._stop.requested()
@@ -111,7 +113,7 @@ class Trainer:
                 break
         with self._watchdog.section("save", self.step):
             self.saver.wait()
-        if self.step < train.steps:
+        if self.step < train.steps or not is_together:
             self._signals.pop_all()  # the process ends: a launcher that asks twice shall not turn that into a failure
             return False
         self._signals.close()
@@ -151,6 +153,7 @@ class Trainer:
             config=self.config.model_dump(mode="json"),
             layout=self.config.parallel.label(),
             domain_tokens=dict(self.account.tokens),  # written while training goes on
+            meetings=self.outer.meetings if self.outer else 0,
         )
         lines = self.ledger.take()
         self.saver.save(state, lambda: self.ledger.write(lines))
@@ -198,15 +201,6 @@ class Trainer:
             log.warning("resuming with a changed setting: %s", change)
         return checkpoint
 
-    def _settle(self, config: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
-        """Fix the precision: the checkpoint's when resuming, the device's best when the config leaves it open."""
-        precision: Precision | Literal["auto"] = config.train.precision
-        if precision == "auto":
-            precision = pick_precision(self.device, config.model.dim)
-            if checkpoint is not None:
-                precision = checkpoint.state.config["train"]["precision"]
-        return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
-
     def _build(self, checkpoint: Checkpoint | None) -> None:
         config = self.config
         model, train, data = config.model, config.train, config.parallel.data or 1
@@ -217,6 +211,7 @@ class Trainer:
         self.peak = peak_flops(self.device, precision)
         self.engine = Engine(model, config.parallel, config.optimizer, precision, config.seed, self.device)
         self._cleanup.callback(self.engine.close)
+        self.outer = Outer(config.outer, self.engine, self.folder, self._stop, self._watchdog) if config.outer else None
         self.loader = TrainLoader(
             config.data, model.context_length, model.vocab_size, config.seed, train.global_batch_size,
             train.micro_batch_size, self.engine.data_rank, data, config.mixtures(),
@@ -232,7 +227,9 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         elif config.start_from is not None:
-            self._start_from(Path(config.start_from).expanduser())
+            take_first_weights(
+                self.engine, Path(config.start_from).expanduser(), config.start_from_moments, self.folder
+            )
         self.loader.check_enough(train.steps)
         if self.is_main:
             save_config(config, self.folder / "config.yaml")
@@ -272,25 +269,9 @@ class Trainer:
             log.warning("set aside the damaged checkpoint: it is %s now; delete it when you have looked at it", aside)
         self.step, self.tokens, self.skipped_steps = state.step, state.tokens, state.skipped_steps
         self.account.tokens |= state.domain_tokens
+        if self.outer is not None:
+            self.outer.meetings = state.meetings
         log.info("resumed from %s (written as %s)", checkpoint.folder, state.layout)
-
-    def _start_from(self, run: Path) -> None:
-        """Initial weights from another run."""
-        missing, error = [], None
-        checkpoint, problems = newest_checkpoint(run, together=True)
-        try:
-            if checkpoint is None:
-                raise CheckpointError(f"start_from: {run}: {problems[0] if problems else 'has no checkpoint'}")
-            missing = start_from(self.engine, checkpoint)
-        except CheckpointError as caught:
-            error = caught
-        agree(error)
-        everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everywhere, missing)
-        own = ", ".join(sorted({name for names in everywhere for name in names}))
-        log.info("initial weights from %s; parameters of its own: %s", run, own or "none")
-        assert checkpoint is not None
-        on_rank_zero(partial(note_start, self.folder, checkpoint.folder))
 
     def _train_one_step(self) -> None:
         fault_point("step", self.step + 1)
@@ -313,19 +294,45 @@ class Trainer:
         self._seconds_here += seconds
         self.ledger.add(self.step, batches, not result.applied)
         self._count_skips(result)
-        counted = self._sum_over_data([self._bytes_predicted(batches), *self.account.count(batches)])
+        counted = self._sum_over_data([bytes_predicted(batches, self._token_bytes), *self.account.count(batches)])
         self.account.add(counted[1:])
         for sentence in self.account.news():
             log.info("step %d: %s", self.step, sentence)
         self._write_metrics(result, lr, counted[0], waited / seconds)
 
-    def _end_without_rows(self, error: OutOfRows) -> NoReturn:
-        """Save what was trained and stop: the mixture has nothing left for another step."""
+    def _meet(self) -> bool:
+        """Bring the trunk together with the other branches', where that is due; False when a stop came before it."""
+        if self.outer is None:
+            return True
+        self.outer.tell(self.step)
+        while self.outer.is_due(self.step):
+            self.saver.settle()
+            try:
+                meeting = self.outer.meet(self.step)
+            except (ExchangeError, FolderError, RankError):
+                self._save_once()
+                raise
+            if meeting is None:
+                return False
+            self.metrics.write({"kind": "outer", "step": self.step, **meeting._asdict()})
+            if self._is_saved(self.step):  # before the meeting, when a stop came
+                self.save()
+        return True
+
+    def _is_saved(self, step: int) -> bool:
+        return on_rank_zero(lambda: step_folder(self.folder, step).exists())
+
+    def _save_once(self) -> None:
+        """Save this step, if it is not saved yet, and wait for it."""
         with self._watchdog.section("save", self.step):
             self.saver.wait()
-            if not on_rank_zero(lambda: step_folder(self.folder, self.step).exists()):
+            if not self._is_saved(self.step):
                 self.save()
                 self.saver.wait()
+
+    def _end_without_rows(self, error: OutOfRows) -> NoReturn:
+        """Save what was trained and stop: the mixture has nothing left for another step."""
+        self._save_once()
         raise TrainingError(
             f"step {self.step + 1} of {self.config.train.steps} cannot be drawn, the run is saved after step "
             f"{self.step}: {error}; raise max_epochs, give other groups a weight, or set train.steps={self.step}"
@@ -381,10 +388,6 @@ class Trainer:
                 **self.account.record(),
             }
         )
-
-    def _bytes_predicted(self, batches: list[Batch]) -> int:
-        """Bytes of text of this rank's labels."""
-        return bytes_predicted(batches, self._token_bytes)
 
     def _sum_over_data(self, counts: list[int]) -> list[int]:
         """Counts of every data rank's share, summed."""

@@ -133,6 +133,8 @@ class TrainState:
     layout: str
     domain_tokens: dict[str, Count] = field(default_factory=dict)
     """Tokens trained on, by domain; empty in checkpoints from before they were counted."""
+    meetings: Count = 0
+    """Rounds of the outer optimizer that are in the weights, round 0 counted."""
 
     @property
     def is_untrained(self) -> bool:

@@ -5,9 +5,12 @@ is possible at all, worth a word, or nobody's business is written in :data:`RULE
 """
 
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from lightbulb.config import ConfigError, build_config, flatten
+from lightbulb.parallel.host import Precision, pick_precision
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError
 from lightbulb.train.config import RunConfig
 
@@ -37,6 +40,13 @@ RULES = {
     "data.path": Rule.SAID,  # the same corpus elsewhere: its digest is compared when the loader resumes
     "run": Rule.FREE,
     "start_from": Rule.FREE,  # where weights came from before there was a checkpoint
+    "start_from_moments": Rule.FREE,
+    "outer": Rule.FIXED,  # rounds are counted by it
+    "outer.lr": Rule.SAID,
+    "outer.momentum": Rule.SAID,
+    "outer.nesterov": Rule.SAID,
+    "outer.folder": Rule.FREE,
+    "outer.wait_seconds": Rule.FREE,
     "prompts": Rule.FREE,
     "parallel": Rule.FREE,
     "train": Rule.FREE,  # how often and how: micro-batches, saving, evaluating, logging
@@ -73,6 +83,16 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
             "or another run folder for the changed one"
         )
     return said
+
+
+def settle_precision(config: RunConfig, checkpoint: Checkpoint | None, device: torch.device) -> RunConfig:
+    """Fix the precision: the checkpoint's when resuming, the device's best when the config leaves it open."""
+    precision: Precision | Literal["auto"] = config.train.precision
+    if precision == "auto":
+        precision = pick_precision(device, config.model.dim)
+        if checkpoint is not None:
+            precision = checkpoint.state.config["train"]["precision"]
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
 def rule_of(key: str) -> Rule:
