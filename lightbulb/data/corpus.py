@@ -87,6 +87,15 @@ class Corpus:
         return self._shards[domain][row - (self._ends[domain - 1] if domain else 0)]
 
 
+def context_length_of(path: Path) -> int:
+    """The context length a corpus was written for.
+
+    Raises:
+        DataError: no corpus in the folder, or a damaged manifest.
+    """
+    return _read_manifest(path).context_length
+
+
 def _read_manifest(path: Path) -> _Manifest:
     file = path / "manifest.json"
     try:

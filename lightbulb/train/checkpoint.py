@@ -28,7 +28,7 @@ from lightbulb.models.language import LanguageModel
 from lightbulb.nn.parameter import Logical, logical_of, set_values
 from lightbulb.parallel.collective import on_rank_zero
 from lightbulb.parallel.engine import Engine
-from lightbulb.parallel.host import pick_device
+from lightbulb.parallel.host import Precision, pick_device
 from lightbulb.parallel.optimizer import MOMENTS
 from lightbulb.routing.router import Router
 from lightbulb.train.config import RunConfig
@@ -46,10 +46,12 @@ from lightbulb.train.tensor_file import TensorFile, TensorFileError, hash_file
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "build_for_inference",
     "first_whole",
     "load_into",
     "load_model_for_inference",
     "newest_checkpoint",
+    "open_run",
     "start_from",
 ]
 
@@ -257,15 +259,37 @@ def load_model_for_inference(run: Path) -> tuple[LanguageModel, Tokenizer, RunCo
     Raises:
         CheckpointError: not a run folder, or no intact checkpoint in it.
     """
+    config, checkpoint = open_run(run)
+    precision: Precision = "bf16" if config.train.precision == "bf16" else "fp32"
+    model = build_for_inference(config, checkpoint, pick_device(), precision)
+    return model, Tokenizer.load(run / "tokenizer.json"), config
+
+
+def open_run(run: Path) -> tuple[RunConfig, Checkpoint]:
+    """The config of a run and its newest intact checkpoint.
+
+    Raises:
+        CheckpointError: not a run folder, or no intact checkpoint in it.
+    """
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run}: not a run folder (it has no config.yaml); name one that pretrain wrote")
     config = load_config(RunConfig, run / "config.yaml")
     checkpoint, problems = newest_checkpoint(run)
     if checkpoint is None:
         raise CheckpointError(problems[0] if problems else f"{run}: has no checkpoint yet; let pretrain save one first")
-    device = pick_device()
+    return config, checkpoint
+
+
+def build_for_inference(
+    config: RunConfig, checkpoint: Checkpoint, device: torch.device, precision: Precision
+) -> LanguageModel:
+    """A checkpoint as one whole model in evaluation mode.
+
+    Raises:
+        CheckpointError: the checkpoint is not of the config's model.
+    """
     model = config.model.build()
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for name, parameter in model.named_parameters():
         logical = logical_of(parameter)
         values = checkpoint.read_parameter(name, logical, with_moments=False)["master"]
@@ -273,7 +297,7 @@ def load_model_for_inference(run: Path) -> tuple[LanguageModel, Tokenizer, RunCo
         parameter.data = parameter.data.to(torch.float32 if logical.keep_fp32 else dtype)
     routers = ((name, module) for name, module in model.named_modules() if isinstance(module, Router))
     _load_routers(routers, checkpoint)  # their biases decide where tokens go
-    return model.to(device).eval().requires_grad_(False), Tokenizer.load(run / "tokenizer.json"), config
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _overlap(part: Part, slices: tuple[slice, ...]) -> tuple[slice, ...] | None:
