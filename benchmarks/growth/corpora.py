@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from growth.texts import write_texts
-
 from lightbulb.config import build_config
+from lightbulb.data.corpus import Corpus
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.data_prep.pipeline import preprocess
 
@@ -38,7 +38,7 @@ def write_corpora(corpora: Path | None, work: Path, domain_bytes: int) -> dict[s
     """Write, or find finished, the corpus of random order and the one of in-context order, in a work folder.
 
     Returns:
-        the manifest of the first.
+        facts of the first: a ``digest`` of its text, and training and held-out tokens of its ``domains``.
     """
     texts = work / "texts"
     write_texts(corpora, texts, domain_bytes)
@@ -49,4 +49,16 @@ def write_corpora(corpora: Path | None, work: Path, domain_bytes: int) -> dict[s
         "tokenizer": {"path": str(work / "corpus" / "tokenizer.json")},
     }
     preprocess(corpus_config(texts, work / "corpus-in-context", ordered))
-    return manifest
+    domains: dict[str, dict[str, int]] = {}
+    for split, groups in manifest["splits"].items():
+        for group, entry in groups.items():
+            tokens = domains.setdefault(group.partition("/")[0], {})
+            tokens[split] = tokens.get(split, 0) + entry["tokens"]
+    rows = Corpus(work / "corpus", "train", CONTEXT, VOCABULARY)
+    return {"digest": rows.digest, "domains": domains}
+
+
+def domain_shares(corpus: dict[str, Any]) -> dict[str, float]:
+    """Share of the training tokens by domain, from what :func:`write_corpora` gives."""
+    tokens = {domain: counts["train"] for domain, counts in corpus["domains"].items()}
+    return {domain: count / sum(tokens.values()) for domain, count in tokens.items()}

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from growth.corpora import CLUSTERS, CONTEXT, VOCABULARY
-
 from lightbulb.config import build_config
 from lightbulb.models.language import LanguageConfig
 
@@ -21,6 +20,7 @@ BASELINE = "continued_dense"
 BETTER_DOMAIN = "reference"
 """The domain whose text counts as the better data of a decay."""
 SYNC_EVERY = (1, 8, 64)
+TEMPERATURES = (0.05, 0.2, 1.0)
 SEED_LENGTHS = {"short": 0.5, "long": 3.0}
 
 Settings = dict[str, Any]
@@ -52,10 +52,10 @@ class Scale:
 class Tuned:
     """What was chosen on a seed that is not reported; the same for all arms of a family."""
 
-    lr: float = 8e-3
+    lr: float = 4e-3
     """Of the seed, and of everything dense that goes on from it or stands beside it."""
-    branch_lr: float = 8e-3
-    moe_lr: float = 8e-3
+    branch_lr: float = 4e-3
+    moe_lr: float = 4e-3
     warmup: float = 0.03
     """Share of a phase's steps over which the learning rate rises, its moments being new."""
     decay: float = 0.5
@@ -157,7 +157,7 @@ class Plan:
         self.scale, self.tuned, self.shares = scale, tuned, shares
         self.tasks: dict[str, Task] = {}
         self.arms: dict[str, Arm] = {}
-        self.dense = dense_config()
+        self.dense, self.mixture = dense_config(), mixture_of()
         self.budget = scale.budget_tokens * self.dense.cost().train_flops
         self._seed("seed", 1.0)
         self.arms["seed"] = Arm("seed", "the seed", "seed", (), free=True)
@@ -165,9 +165,11 @@ class Plan:
         self._cbtm()
         self._copies()
         self._btx("", "seed")
-        self._synced("", "seed", SYNC_EVERY[:1] if quick else SYNC_EVERY)
-        self._from_scratch()
+        self._synced("", "seed", SYNC_EVERY[:1])
+        self._from_scratch("from_scratch", "mixture from scratch", self.mixture, tuned.moe_lr)
         if not quick:
+            self._synced("", "seed", SYNC_EVERY[1:])
+            self._controls()
             self._schedules_and_data()
             for prefix, factor in SEED_LENGTHS.items():
                 self._seed_length(f"{prefix}.", factor)
@@ -186,29 +188,41 @@ class Plan:
         self._arm(prefix + BASELINE, "continued dense", name, (name,), prefix + BASELINE)
 
     def _cbtm(self) -> None:
-        """Branches that take the whole budget, evaluated together; with text at random as a control."""
-        for name, mixtures in (("final", _clusters()), ("random", [{}] * CLUSTERS)):
-            self._branches(name, "seed", 1.0, mixtures, decay=self.tuned.decay)
-            runs = _members(name)
-            self._add(Task(f"{name}/ensemble", "ensemble", {"runs": runs}, tuple(runs)))
-        spent = tuple(_members("final"))
+        """Branches that take the whole budget, evaluated together."""
+        spent = self._ensemble("final", _clusters())
         self._arm("cbtm_ensemble", "c-BTM, likelihood posterior", "final/ensemble", spent, value="likelihood")
-        for temperature in ("0.05", "0.2", "1.0"):
+        for temperature in TEMPERATURES:
             name, label = f"cbtm_tfidf_{temperature}", f"c-BTM, TF-IDF weights, T = {temperature}"
             self._arm(name, label, "final/ensemble", spent, value=f"tfidf {temperature}")
         self._arm("cbtm_uniform", "c-BTM, equal weights", "final/ensemble", spent, value="uniform")
-        label = "c-BTM of random clusters, likelihood posterior"
-        self._arm("cbtm_random", label, "random/ensemble", tuple(_members("random")), value="likelihood")
+
+    def _ensemble(self, name: str, mixtures: Sequence[Settings]) -> tuple[str, ...]:
+        """Branches and their evaluation together; gives the branches."""
+        self._branches(name, "seed", 1.0, mixtures, decay=self.tuned.decay)
+        runs = _members(name)
+        settings = {"runs": runs, "by_cluster": name == "final"}
+        self._add(Task(f"{name}/ensemble", "ensemble", settings, tuple(runs)))
+        return tuple(runs)
 
     def _copies(self) -> None:
-        """Mixtures of copies of the seed, and the same width without a choice."""
+        """Mixtures of copies of the seed."""
         for kind in ("random", "centroid"):
             name = "sparse" if kind == "random" else f"sparse_{kind}"
             self._upcycled(name, f"sparse upcycling, {kind} router", ["seed"], ("seed",), "sparse", kind)
         self._upcycled("drop", "drop-upcycling, random router", ["seed"], ("seed",), "drop", "random")
-        self._upcycled("drop_centroid", "drop-upcycling, centroid router", ["seed"], ("seed",), "drop", "centroid")
+
+    def _controls(self) -> None:
+        """Is it routing or width, clusters or voting?"""
         label = f"{TOP_K} copies, both always used (active width of the mixtures)"
         self._upcycled("wide", label, ["seed"], ("seed",), "sparse", "random", experts=TOP_K)
+        wide = dense_config(TOP_K * HIDDEN)
+        self._from_scratch(
+            "wide_from_scratch", "dense of the mixtures' active width, from scratch", wide, self.tuned.lr
+        )
+        spent = self._ensemble("random", [{}] * CLUSTERS)
+        label = "c-BTM of random parts of the text, likelihood posterior"
+        self._arm("cbtm_random", label, "random/ensemble", spent, value="likelihood")
+        self._upcycled("drop_centroid", "drop-upcycling, centroid router", ["seed"], ("seed",), "drop", "centroid")
 
     def _btx(self, prefix: str, seed: str, kinds: Sequence[str] = ("random", "centroid")) -> None:
         """Branches that become experts."""
@@ -231,10 +245,8 @@ class Plan:
                 "model": self.dense.model_dump(mode="json"),
                 "steps": steps,
                 "lr": self.tuned.branch_lr,
-                "schedule": {"warmup": self.tuned.warmup, "decay": 0.0},
-                "every": count,
-                "outer_lr": self.tuned.outer_lr,
-                "outer_momentum": self.tuned.outer_momentum,
+                "schedule": {"warmup": 0.0, "decay": 0.0},
+                "sync": {"every": count, "lr": self.tuned.outer_lr, "momentum": self.tuned.outer_momentum},
                 "order": 1,
                 "rows": self.scale.rows,
             }
@@ -246,17 +258,12 @@ class Plan:
             needs = (f"{name}/branches",)
             self._upcycled(name, label, runs, needs, "btx", "centroid", baseline=baseline)
 
-    def _from_scratch(self) -> None:
-        """Models that never were the seed, with its FLOPs and the budget's."""
-        for name, label, model in (
-            ("from_scratch", "mixture from scratch", mixture_of()),
-            ("wide_from_scratch", "dense of the mixture's active width, from scratch", dense_config(TOP_K * HIDDEN)),
-        ):
-            lr = self.tuned.moe_lr if name == "from_scratch" else self.tuned.lr
-            total = self.budget + self.tasks["seed"].flops
-            schedule = {"warmup": 0.02, "decay": self.tuned.decay * self.budget / total}
-            self._train(name, model, self.scale.steps(total, model), lr, schedule, order=0)
-            self._arm(name, label, name, (name,))
+    def _from_scratch(self, name: str, label: str, model: LanguageConfig, lr: float) -> None:
+        """A model that never was the seed, with its FLOPs and the budget's."""
+        total = self.budget + self.tasks["seed"].flops
+        schedule = {"warmup": 0.02, "decay": self.tuned.decay * self.budget / total}
+        self._train(name, model, self.scale.steps(total, model), lr, schedule, order=0)
+        self._arm(name, label, name, (name,))
 
     def _schedules_and_data(self) -> None:
         """Continued dense training with one thing changed."""
@@ -264,28 +271,29 @@ class Plan:
         cosine = {"warmup": 0.02, "decay": 0.98, "shape": "cosine"}
         self._train("cosine", self.dense, before + steps, self.tuned.lr, cosine, order=0)
         self._arm("cosine", "dense, cosine over seed and budget", "cosine", ("cosine",))
-        schedule = {"warmup": self.tuned.warmup, "decay": self.tuned.decay}
-        fresh = {
-            "fresh": ("continued dense, moments new", {}),
-            "better_decay": (f"decay with more {BETTER_DOMAIN}, less before", {"mixtures": self._later()}),
-            "in_context": ("continued dense, text in in-context order", {"corpus": "corpus-in-context"}),
-        }
-        for name, (label, changes) in fresh.items():
-            lr = self.tuned.lr
-            self._train(name, self.dense, steps, lr, schedule, 1, "weights", ("seed",), **changes)
-            self._arm(name, label, name, (name,), BASELINE if name == "fresh" else "fresh")
+        warm, cold = ({"warmup": warmup, "decay": self.tuned.decay} for warmup in (0.0, self.tuned.warmup))
+        for name, label, start, changes in (
+            ("reordered", "continued dense, another order of the text", "moments", {}),
+            ("fresh", "the same with new moments", "weights", {}),
+            ("better_decay", f"half of {BETTER_DOMAIN} before the decay, the rest in it", "moments", self._later()),
+            ("in_context", "in-context order of the text", "moments", {"corpus": "corpus-in-context"}),
+        ):
+            schedule = warm if start == "moments" else cold
+            self._train(name, self.dense, steps, self.tuned.lr, schedule, 1, start, ("seed",), **changes)
+            self._arm(name, label, name, (name,), BASELINE if name == "reordered" else "reordered")
 
-    def _later(self) -> list[Settings]:
+    def _later(self) -> Settings:
         """Mixtures before and in the decay in which the better domain has its share of all tokens, but most in the
         decay: half of its share before."""
         share, decay = self.shares[BETTER_DOMAIN], self.tuned.decay
         others = {name: value for name, value in self.shares.items() if name != BETTER_DOMAIN}
         before = share / 2
         after = (share - before * (1 - decay)) / decay
-        return [
+        mixtures = [
             {"weights": {BETTER_DOMAIN: own} | {n: v * (1 - own) / (1 - share) for n, v in others.items()}}
             for own in (before, after)
         ]
+        return {"mixtures": mixtures}
 
     def _seed_length(self, prefix: str, factor: float) -> None:
         """The comparison of branches and copies for a seed of another length."""
@@ -302,11 +310,11 @@ class Plan:
     def _branches(self, name: str, seed: str, share: float, mixtures: Sequence[Settings], decay: float) -> None:
         """One run for each cluster; where there is no cluster, each has an order of its own."""
         steps = self.scale.steps(share * self.budget / CLUSTERS, self.dense)
-        schedule, lr = {"warmup": self.tuned.warmup, "decay": decay}, self.tuned.branch_lr
+        schedule, lr = {"warmup": 0.0, "decay": decay}, self.tuned.branch_lr
         for number, mixture in enumerate(mixtures):
             changes = {"mixtures": [mixture] if mixture else [], "evaluate": False}
             order = 1 if mixture else 2 + number
-            self._train(f"{name}/{number}", self.dense, steps, lr, schedule, order, "weights", (seed,), **changes)
+            self._train(f"{name}/{number}", self.dense, steps, lr, schedule, order, "moments", (seed,), **changes)
 
     def _upcycled(
         self,
@@ -369,6 +377,20 @@ class Plan:
         spent = sum(self.tasks[name].flops for name in self.arms[arm].spent)
         starts = self.tasks[self.arms[arm].task].settings.get("start", "branches")
         return spent - (self.tasks["seed"].flops if starts is None and spent else 0.0)
+
+    def model(self, task: str) -> LanguageConfig:
+        """The model that a task trains."""
+        return build_config(LanguageConfig, self.tasks[task].settings["model"], task)
+
+    def trunk(self, task: str) -> int:
+        """Parameters that the branches of a task share: all but their channel mixers."""
+        model = self.model(task)
+        hidden = sum(block.channel.cost(DIM).params for block in model.block_pattern if block.channel) * LAYERS
+        return model.cost().params - hidden
+
+    def shown_sync(self) -> str:
+        """The synchronised arm of the JSON line."""
+        return f"sync_{SYNC_EVERY[0]}"
 
     def keys(self, seed: int, corpus: str) -> dict[str, str]:
         """A name for each task's result that changes with everything the result depends on.

@@ -52,6 +52,28 @@ class Sweep:
         path = self.work / "results" / f"{key}.json"
         return json.loads(path.read_bytes()) if path.is_file() else None
 
+    def apart(self, name: str, function: Callable[..., Settings], *arguments: Any) -> Settings:
+        """What a function gives in a process of its own, whose threads then are not there to be forked.
+
+        Raises:
+            SweepError: it failed.
+        """
+        mine, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+        def send() -> None:
+            theirs.send(function(*arguments))
+
+        child = multiprocessing.get_context("fork").Process(target=send)
+        child.start()
+        theirs.close()
+        try:
+            found = mine.recv()
+        except EOFError:
+            raise SweepError(f"{name} failed, see above") from None
+        finally:
+            child.join()
+        return found
+
     def complete(self, tasks: Mapping[str, Task], keys: Mapping[int, Mapping[str, str]], names: Iterable[str]) -> None:
         """Do the named tasks of all seeds, and what they need.
 
@@ -103,14 +125,15 @@ class Sweep:
         """In a process of its own: do a job, write its result."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        with (self.work / "logs" / f"{job.key}.log").open("ab", buffering=0) as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            found = self.run(job.task, job.seed, self.work, folders)
-            path = self.work / "results" / f"{job.key}.json"
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({"task": job.task.name, "seed": job.seed} | found), encoding="utf-8")
-            os.replace(partial, path)
+        log = (self.work / "logs" / f"{job.key}.log").open("a", buffering=1)  # until the process ends
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+        sys.stdout = sys.stderr = log
+        found = self.run(job.task, job.seed, self.work, folders)
+        path = self.work / "results" / f"{job.key}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"task": job.task.name, "seed": job.seed} | found), encoding="utf-8")
+        os.replace(partial, path)
 
     def _collect(self, done: int, total: int) -> None:
         """Wait for a job to end."""

@@ -64,7 +64,9 @@ def write_texts(corpora: Path | None, folder: Path, domain_bytes: int) -> dict[s
             room = min(len(text), domain_bytes // 16)  # no document is a large part of its domain
             size += len(text[:room].encode())
             lines += [json.dumps({"id": name, "text": piece}) for piece in pieces(text[:room])]
-        (folder / f"{domain}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path, content = folder / f"{domain}.jsonl", "\n".join(lines) + "\n"
+        if not path.is_file() or path.read_text("utf-8") != content:  # others may be reading it
+            path.write_text(content, encoding="utf-8")
         sizes[domain] = size
     return sizes
 

@@ -1,5 +1,6 @@
 """Tasks of benchmarks/upcycling.py done by LightBulb's own trainer and upcycling, in this process."""
 
+import json
 import os
 import shutil
 import time
@@ -7,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from growth.corpora import CLUSTERS, CONTEXT, VOCABULARY
+from growth.ensembles import evaluate_together
 from growth.plan import TOP_K, Settings, Task
 from growth.sync import train_synced
-
 from lightbulb.config import build_config
 from lightbulb.data.corpus import Corpus
 from lightbulb.data.tokenizer import Tokenizer
+from lightbulb.experts.receipt import RECEIPT, read_receipt
 from lightbulb.experts.upcycle import upcycle
 from lightbulb.experts.upcycle_config import UpcycleConfig
 from lightbulb.parallel.host import process_group, tune_allocator
@@ -57,7 +60,8 @@ def run_task(task: Task, seed: int, work: Path, folders: dict[str, Path]) -> Set
         elif task.kind == "sync":
             found = train_synced(task, run_config(task, seed, work, folders), folders)
         else:
-            found = {}
+            runs = [folders[name] for name in task.settings["runs"]]
+            found = evaluate_together(runs, work / "corpus", task.settings["by_cluster"])
     return found | {"seconds": time.time() - started, "cpu_seconds": time.process_time() - cpu}
 
 
@@ -88,46 +92,51 @@ def run_config(task: Task, seed: int, work: Path, folders: dict[str, Path]) -> R
             "log_every": 500,
         },
     }
-    if settings.get("start") == "weights":
+    if settings.get("start") in ("weights", "moments"):
         values["start_from"] = str(folders[task.needs[0]])
+        values["start_from_moments"] = settings["start"] == "moments"
     if settings.get("start") == "upcycle":
         values["start_from"] = str(_start_folder(folders[task.name]))
     return build_config(RunConfig, values, task.name).resolve(1)
 
 
 def _train(task: Task, seed: int, work: Path, folders: dict[str, Path]) -> Settings:
-    """One run, evaluated before its first step and after its last."""
-    folder, start, found = folders[task.name], task.settings["start"], Settings()
+    """One run, evaluated after its last step, and before its first if it was upcycled."""
+    folder, start = folders[task.name], task.settings["start"]
     if start == "upcycle":
-        found |= _upcycled(task, seed, work, folders)
+        _upcycle(task, seed, work, folders)
     if start == "resume" and newest_checkpoint(folder)[0] is None:
         _copy_run(folders[task.needs[0]], folder)
-    config = run_config(task, seed, work, folders)
-    with Trainer(config, CPU) as trainer:
-        if start == "upcycle" and trainer.step == 0:
-            found["start_bpb"] = trainer.evaluate()["held_out_bpb"]
+    found, before = Settings(), _start_folder(folder) / "before.json"
+    with Trainer(run_config(task, seed, work, folders), CPU) as trainer:
+        if start == "upcycle" and not before.is_file():
+            before.write_text(json.dumps({"start_bpb": trainer.evaluate()["held_out_bpb"]}))
         if not trainer.run():
             raise Stopped(task.name)
         if task.settings["evaluate"]:
             result = trainer.evaluate()
             found |= {"bpb": result["held_out_bpb"], "domain_bpb": result["domain_bpb"]}
         facts = trainer.facts()
+    if start == "upcycle":
+        receipt = read_receipt(_start_folder(folder) / RECEIPT)
+        assert receipt is not None
+        found |= json.loads(before.read_bytes()) | {"notes": receipt.notes}
     found["skipped"] = facts["skipped_steps"]
     return found | {name: facts[name] for name in ("parameters", "active_parameters", "tokens", "domain_tokens")}
 
 
-def _upcycled(task: Task, seed: int, work: Path, folders: dict[str, Path]) -> Settings:
-    """Write the mixture that a run starts from, by `lightbulb upcycle`."""
+def _upcycle(task: Task, seed: int, work: Path, folders: dict[str, Path]) -> None:
+    """Write the mixture that a run starts from, by `lightbulb upcycle`, if it is not there."""
     settings, out = task.settings["upcycle"], _start_folder(folders[task.name])
     if (out / "config.yaml").is_file():
-        return {}
+        return
     paths = [_source(name, folders) for name in settings["sources"]]
     values: dict[str, Any] = {
         "run": str(out),
         "method": settings["method"],
         "seed": seed,
         "sources": [{"path": str(path)} for path in paths],
-        "router": {"top_k": TOP_K} | settings.get("router_config", {}),
+        "router": {"top_k": TOP_K},
         "router_start": {"kind": settings["router"], "tokens": CLUSTER_TOKENS},
         "data": {"path": str(work / "corpus")},
     }
@@ -139,8 +148,7 @@ def _upcycled(task: Task, seed: int, work: Path, folders: dict[str, Path]) -> Se
             values["sources"][number]["prompts"] = texts
         else:
             values.setdefault("clusters", []).append({"path": str(paths[0]), "prompts": texts})
-    receipt = upcycle(build_config(UpcycleConfig, values, task.name))
-    return {"router_load": {name: record.load for name, record in receipt.routers.items()}, "notes": receipt.notes}
+    upcycle(build_config(UpcycleConfig, values, task.name))
 
 
 def cluster_prompts(corpus: Path, tokenizer: Path) -> list[list[str]]:
@@ -163,7 +171,6 @@ def _source(name: str, folders: dict[str, Path]) -> Path:
 
 def _start_folder(run: Path) -> Path:
     return run.with_name(run.name + "-start")
-
 
 
 def _copy_run(source: Path, target: Path) -> None:
