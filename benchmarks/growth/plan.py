@@ -39,13 +39,13 @@ class Scale:
         """Tokens of an optimizer step of one run or branch."""
         return self.rows * CONTEXT
 
-    def steps(self, flops: float, model: LanguageConfig) -> int:
-        """Optimizer steps that so many training FLOPs pay for."""
-        return int(flops / (model.cost().train_flops * self.step_tokens) * (1 + 1e-12))
+    def steps(self, flops: float, model: LanguageConfig, rows: int | None = None) -> int:
+        """Optimizer steps, of other than the usual rows if need be, that so many training FLOPs pay for."""
+        return int(flops / self.flops(1, model, rows) * (1 + 1e-12))
 
-    def flops(self, steps: int, model: LanguageConfig) -> float:
+    def flops(self, steps: int, model: LanguageConfig, rows: int | None = None) -> float:
         """Training FLOPs of so many steps."""
-        return steps * self.step_tokens * model.cost().train_flops
+        return steps * (rows or self.rows) * CONTEXT * model.cost().train_flops
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Tuned:
     """Share of a last phase's steps over which the learning rate falls to zero."""
     branch_share: float = 0.5
     """Of the budget, in branches that become experts."""
+    branch_rows: int = 8
+    """Rows of a branch's step."""
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
 
@@ -179,13 +181,16 @@ class Plan:
         self._train(name, self.dense, steps, self.tuned.lr, {"warmup": 0.02, "decay": 0.0}, order=0)
 
     def _continued(self, prefix: str, seed: str) -> None:
-        """The seed's own run to its end: moments, order of the data and learning rate go on."""
-        before = self.tasks[seed].settings["steps"]
-        steps = self.scale.steps(self.budget, self.dense)
-        schedule = {"warmup": 0.02 * before / (before + steps), "decay": self.tuned.decay * steps / (before + steps)}
+        """Go on as a dense model, on the text that all other arms go on with."""
         name = prefix + "dense"
-        self._train(name, self.dense, before + steps, self.tuned.lr, schedule, 0, "resume", (seed,), before=before)
+        self._dense(name, "moments", seed)
         self._arm(prefix + BASELINE, "continued dense", name, (name,), prefix + BASELINE)
+
+    def _dense(self, name: str, start: str, seed: str, **changes: Any) -> None:
+        """Continued dense training; where its moments are new the learning rate rises again."""
+        schedule = {"warmup": self.tuned.warmup if start == "weights" else 0.0, "decay": self.tuned.decay}
+        steps = self.scale.steps(self.budget, self.dense)
+        self._train(name, self.dense, steps, self.tuned.lr, schedule, 1, start, (seed,), **changes)
 
     def _cbtm(self) -> None:
         """Branches that take the whole budget, evaluated together."""
@@ -239,7 +244,8 @@ class Plan:
     def _synced(self, prefix: str, seed: str, every: Sequence[int]) -> None:
         """Branches that share their trunk every so many steps, then become experts."""
         share, baseline = self.tuned.branch_share, prefix + BASELINE
-        steps = self.scale.steps(share * self.budget / CLUSTERS, self.dense)
+        rows = self.tuned.branch_rows
+        steps = self.scale.steps(share * self.budget / CLUSTERS, self.dense, rows)
         for count in every:
             settings = {
                 "model": self.dense.model_dump(mode="json"),
@@ -248,10 +254,10 @@ class Plan:
                 "schedule": {"warmup": 0.0, "decay": 0.0},
                 "sync": {"every": count, "lr": self.tuned.outer_lr, "momentum": self.tuned.outer_momentum},
                 "order": 1,
-                "rows": self.scale.rows,
+                "rows": rows,
             }
             name = f"{prefix}sync_{count}"
-            flops = CLUSTERS * self.scale.flops(steps, self.dense)
+            flops = CLUSTERS * self.scale.flops(steps, self.dense, rows)
             self._add(Task(f"{name}/branches", "sync", settings, (seed,), flops))
             runs = [f"{name}/branches:{number}" for number in range(CLUSTERS)]
             label = f"trunk synchronised every {count} steps, centroid router"
@@ -267,20 +273,26 @@ class Plan:
 
     def _schedules_and_data(self) -> None:
         """Continued dense training with one thing changed."""
-        steps, before = self.scale.steps(self.budget, self.dense), self.tasks["seed"].settings["steps"]
-        cosine = {"warmup": 0.02, "decay": 0.98, "shape": "cosine"}
-        self._train("cosine", self.dense, before + steps, self.tuned.lr, cosine, order=0)
-        self._arm("cosine", "dense, cosine over seed and budget", "cosine", ("cosine",))
-        warm, cold = ({"warmup": warmup, "decay": self.tuned.decay} for warmup in (0.0, self.tuned.warmup))
         for name, label, start, changes in (
-            ("reordered", "continued dense, another order of the text", "moments", {}),
-            ("fresh", "the same with new moments", "weights", {}),
+            ("new_moments", "continued dense, moments new", "weights", {}),
             ("better_decay", f"half of {BETTER_DOMAIN} before the decay, the rest in it", "moments", self._later()),
             ("in_context", "in-context order of the text", "moments", {"corpus": "corpus-in-context"}),
         ):
-            schedule = warm if start == "moments" else cold
-            self._train(name, self.dense, steps, self.tuned.lr, schedule, 1, start, ("seed",), **changes)
-            self._arm(name, label, name, (name,), BASELINE if name == "reordered" else "reordered")
+            self._dense(name, start, "seed", **changes)
+            self._arm(name, label, name, (name,))
+        self._one_run()
+
+    def _one_run(self) -> None:
+        """Seed and budget as one run, in one order of the text: warmup-stable-decay, which is the seed's run gone on
+        with, and cosine."""
+        before, steps = self.tasks["seed"].settings["steps"], self.scale.steps(self.budget, self.dense)
+        total = before + steps
+        stable = {"warmup": 0.02 * before / total, "decay": self.tuned.decay * steps / total}
+        self._train("wsd", self.dense, total, self.tuned.lr, stable, 0, "resume", ("seed",), before=before)
+        self._arm("wsd", "one run, warmup-stable-decay", "wsd", ("wsd",))
+        cosine = {"warmup": 0.02, "decay": 0.98, "shape": "cosine"}
+        self._train("cosine", self.dense, total, self.tuned.lr, cosine, order=0)
+        self._arm("cosine", "one run, cosine", "cosine", ("cosine",), "wsd")
 
     def _later(self) -> Settings:
         """Mixtures before and in the decay in which the better domain has its share of all tokens, but most in the
@@ -309,10 +321,11 @@ class Plan:
 
     def _branches(self, name: str, seed: str, share: float, mixtures: Sequence[Settings], decay: float) -> None:
         """One run for each cluster; where there is no cluster, each has an order of its own."""
-        steps = self.scale.steps(share * self.budget / CLUSTERS, self.dense)
+        rows = self.tuned.branch_rows
+        steps = self.scale.steps(share * self.budget / CLUSTERS, self.dense, rows)
         schedule, lr = {"warmup": 0.0, "decay": decay}, self.tuned.branch_lr
         for number, mixture in enumerate(mixtures):
-            changes = {"mixtures": [mixture] if mixture else [], "evaluate": False}
+            changes = {"mixtures": [mixture] if mixture else [], "evaluate": False, "rows": rows}
             order = 1 if mixture else 2 + number
             self._train(f"{name}/{number}", self.dense, steps, lr, schedule, order, "moments", (seed,), **changes)
 
@@ -360,7 +373,8 @@ class Plan:
             "start": start,
             "evaluate": True,
         }
-        self._add(Task(name, "train", settings | changes, needs, self.scale.flops(steps - before, model)))
+        settings |= changes
+        self._add(Task(name, "train", settings, needs, self.scale.flops(steps - before, model, settings["rows"])))
 
     def _arm(
         self, name: str, label: str, task: str, spent: tuple[str, ...], baseline: str = BASELINE, value: str = "bpb"

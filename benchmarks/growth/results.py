@@ -92,17 +92,15 @@ def summary(results: Mapping[str, Settings], plan: Plan, seeds: Sequence[int]) -
         if record and record["mean_difference"] is not None:
             line[name] = [round(record["mean_difference"], 4), round(record["spread"], 4)]
     line["synced_arm"] = shown
-    line["sparse_by_seed"] = [round(value, 4) for value in results["sparse"]["difference"].values()]
+    if "sparse" in results:
+        line["sparse_by_seed"] = [round(value, 4) for value in results["sparse"]["difference"].values()]
     return line
 
 
 def crossing(results: Mapping[str, Settings], plan: Plan, prefix: str = "") -> str:
     """At which communication budget branches that share their trunk beat sparse upcycling, in a sentence."""
-    sparse = min(
-        (results[name]["mean_difference"], name)
-        for name in (f"{prefix}sparse", f"{prefix}sparse_centroid")
-        if name in results
-    )
+    names = [name for name in (f"{prefix}sparse", f"{prefix}sparse_centroid") if name in results]
+    sparse = min((results[name]["mean_difference"], name) for name in names) if names else None
     ours = {
         name: record
         for name, record in results.items()
