@@ -23,7 +23,7 @@ from matplotlib import pyplot  # noqa: E402
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 RATIO = re.compile(r"(.+)_vs_(.+)")
-FRACTION = re.compile(r"(.+)_(?:of_(?:the_)?|fraction_of_)(limit|copy_rate|copy|roof|peak)")
+FRACTION = re.compile(r"(.+)_(?:of_(?:the_)?|fraction_of_)(limit|copy_rate|copy|roof|peak|products|product)")
 
 
 def main() -> int:

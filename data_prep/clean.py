@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lightbulb.data_prep.config import CleanConfig, RepetitionConfig
+from lightbulb.data_prep.conversation import changed
 from lightbulb.data_prep.counts import Counts
 from lightbulb.data_prep.documents import Document
 
@@ -20,21 +21,24 @@ STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 
 def cleaned(document: Document, config: CleanConfig, counts: Counts) -> Document | None:
     """The document as it is written, or None where it is dropped; repairs and drops are counted."""
-    text = document.text
+    text, answers = document.text, document.answers
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         if config.encoding == "drop":
-            counts.drop("not_text", document.path)
+            counts.drop("not_text", document.path, document.text)
             return None
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if config.controls == "strip":
-        stripped = CONTROLS.sub("", text)
-        counts.repaired["controls"] += stripped != text
-        text = stripped
+        text, answers = changed(text, answers, _without_surrogates)
+    if config.controls == "strip" and CONTROLS.search(text):
+        text, answers = changed(text, answers, lambda piece: CONTROLS.sub("", piece))
+        counts.repaired["controls"] += 1
     reason = _reason(text, config)
     if reason is not None:
-        counts.drop(reason, document.path)
+        counts.drop(reason, document.path, text)
         return None
-    return document if text is document.text else document._replace(text=text)
+    return document if text is document.text else document._replace(text=text, answers=answers)
+
+
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _reason(text: str, config: CleanConfig) -> str | None:

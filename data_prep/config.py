@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lightbulb.config import Config, Registered
+from lightbulb.data_prep.conversation import ConversationConfig
 from lightbulb.registry import register
 
 Domain = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
@@ -47,6 +48,9 @@ class RecordSourceConfig(FileSourceConfig):
     template: str | None = None
     """Text made of several fields, for example "{question}\\n{answer}"; in place of text_field."""
 
+    conversation: ConversationConfig | None = None
+    """Prompts and answers, or lists of messages, of which only the answers are learned; in place of text_field."""
+
     join: str = ", "
     """Stands between the items of a field of the template that is a list."""
 
@@ -62,9 +66,17 @@ class RecordSourceConfig(FileSourceConfig):
             raise ValueError(f'template: {self.template!r} names no field; write for example "{{question}}"')
         return self
 
+    @model_validator(mode="after")
+    def _conversation_stands_alone(self) -> "RecordSourceConfig":
+        if self.conversation is not None and (self.template is not None or self.text_field != "text"):
+            raise ValueError("conversation: takes the place of text_field and template; leave these out")
+        return self
+
     @property
     def text_fields(self) -> list[str]:
         """The fields that the text is made of."""
+        if self.conversation is not None:
+            return self.conversation.fields
         if self.template is None:
             return [self.text_field]
         try:
@@ -323,7 +335,8 @@ class PackConfig(Config):
 
     method: Literal["concatenate", "best_fit", "ordered"] = "concatenate"
     """`concatenate` cuts the documents' stream; `best_fit` cuts no document that fits into a context (Ding et al.
-    2024, arXiv:2404.10830); `ordered` cuts the stream of the given order and shuffles the contexts afterwards."""
+    2024, arXiv:2404.10830); `ordered` cuts the stream of the given order and shuffles the contexts afterwards. Groups
+    with conversations are always packed by best fit, held-out ones too."""
 
 
 class ExecutorConfig(Config):
@@ -417,6 +430,12 @@ class CorpusConfig(Config):
         if needing:
             raise ValueError(f"{needing[0]}: works on text, and the sources are token ids; leave it out")
         return self
+
+    @property
+    def too_long(self) -> tuple[str | None, ...]:
+        """For each source what happens to conversations longer than a row; None where it holds documents."""
+        conversations = [getattr(source, "conversation", None) for source in self.sources]
+        return tuple(None if found is None else found.too_long for found in conversations)
 
     @property
     def is_tokenised(self) -> bool:

@@ -12,7 +12,8 @@ from lightbulb.data_prep.documents import DROPPED_NAME, Documents, array_hash, b
 from lightbulb.data_prep.shingles import shingles
 from lightbulb.data_prep.step import Step, Task
 
-_EXAMPLES = 10
+SHARES_NAME = "shares.npy"
+"""Of each document that was dropped: which part of its runs stands in an evaluation text."""
 
 
 class Contamination:
@@ -43,7 +44,7 @@ class Contamination:
 
 @dataclass(frozen=True)
 class Contaminated(Step):
-    """Drops documents that share too many runs of words with evaluation texts; reports some of them.
+    """Drops documents that share too many runs of words with evaluation texts.
 
     Attributes:
         wanted: ``[documents]`` bool.
@@ -57,6 +58,7 @@ class Contaminated(Step):
 
     name = "contaminated"
     title = "Evaluation texts"
+    version = 2
 
     def settings(self) -> Any:
         return [self.config.ngram, self.config.max_overlap]
@@ -80,4 +82,5 @@ class Contaminated(Step):
             found += [(batch[i][0], round(float(shares[i]), 4)) for i in over]
             task.advance(len(batch))
         np.save(task.out / DROPPED_NAME, np.array([number for number, _ in found], dtype=np.int64))
-        return {"runs": len(known), "dropped": len(found), "examples": sorted(found, key=lambda f: -f[1])[:_EXAMPLES]}
+        np.save(task.out / SHARES_NAME, np.array([share for _, share in found]))
+        return {"runs": len(known), "dropped": len(found)}

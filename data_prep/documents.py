@@ -4,17 +4,17 @@ Reading writes every document once. Later steps never copy texts: they give the 
 an array with one value per document. A document's number is its place in the order of sources, paths and places in a
 file, whichever tasks the input is cut into.
 
-A task's folder holds ``documents.arrow`` (Arrow IPC, zstd; columns text, path) and ``index.npy`` (:data:`INDEX`).
+A task's folder holds ``documents.arrow`` (Arrow IPC, zstd; text, path, answers) and ``index.npy`` (:data:`INDEX`).
 """
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +23,14 @@ import xxhash
 from lightbulb.data_prep.step import Output
 from lightbulb.folder import explained
 
+T = TypeVar("T")
+
 TEXTS_NAME = "documents.arrow"
 INDEX_NAME = "index.npy"
 DROPPED_NAME = "dropped.npy"
 BATCH_BYTES = 1 << 22
 
-SCHEMA = pa.schema([("text", pa.large_string()), ("path", pa.string())])
+SCHEMA = pa.schema([("text", pa.large_string()), ("path", pa.string()), ("answers", pa.list_(pa.uint32()))])
 
 INDEX = np.dtype(
     [("content", "<u8", 2), ("path", "<u8"), ("bytes", "<u4"), ("source", "<u2"), ("domain", "<u2")], align=False
@@ -37,11 +39,13 @@ INDEX = np.dtype(
 
 
 class Document(NamedTuple):
-    """One text; ``path`` is relative to the source and names it, ``domain`` is the folder its rows go to."""
+    """One text; ``path`` is relative to the source and names it, ``domain`` is the folder its rows go to, ``answers``
+    says where the answers of a conversation begin and end (:mod:`lightbulb.data_prep.conversation`)."""
 
     path: str
     text: str
     domain: str
+    answers: tuple[int, ...] = ()
 
 
 class DocumentWriter:
@@ -50,7 +54,7 @@ class DocumentWriter:
     def __init__(self, folder: Path):
         self._folder = folder
         self._index = bytearray()
-        self._batch: list[tuple[str, str]] = []
+        self._batch: list[tuple[str, str, tuple[int, ...]]] = []
         self._batch_bytes = 0
         self.domains: list[str] = []
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
@@ -77,7 +81,7 @@ class DocumentWriter:
         domain = self.domains.index(document.domain)
         self._index += xxhash.xxh3_128_digest(content)
         self._index += struct.pack("<QIHH", path_hash(document.path), len(content), source, domain)
-        self._batch.append((document.text, document.path))
+        self._batch.append((document.text, document.path, document.answers))
         self._batch_bytes += len(content)
         if self._batch_bytes >= BATCH_BYTES:
             with explained(self._folder, self._batch_bytes):
@@ -130,13 +134,13 @@ class Documents:
 
     def texts(self, task: int, wanted: np.ndarray | None = None) -> Iterator[tuple[int, str]]:
         """Number and text of a task's documents, all or where the mask ``[documents]`` of the whole corpus is set."""
-        number = int(self.starts[task])
-        for batch in self._batches(task):
-            texts = batch.column(0)
-            for i in range(len(texts)):
-                if wanted is None or wanted[number + i]:
-                    yield number + i, texts[i].as_py()
-            number += len(texts)
+        for number, batch, i in self._places(task, wanted):
+            yield number, batch.column(0)[i].as_py()
+
+    def conversations(self, task: int, wanted: np.ndarray | None = None) -> Iterator[tuple[int, str, list[int]]]:
+        """As :meth:`texts`, each with where its answers begin and end."""
+        for number, batch, i in self._places(task, wanted):
+            yield number, batch.column(0)[i].as_py(), batch.column(2)[i].as_py()
 
     def find(self, numbers: Sequence[int]) -> list[Document]:
         """These documents, wherever they are; for samples and reports."""
@@ -147,10 +151,19 @@ class Documents:
             number = int(self.starts[task])
             for batch in self._batches(int(task)):
                 for n in sorted(wanted & set(range(number, number + len(batch)))):
-                    text, path = (column[n - number].as_py() for column in batch.columns)
-                    found[n] = Document(path, text, self.domains[self.index[n]["domain"]])
+                    text, path, answers = (column[n - number].as_py() for column in batch.columns)
+                    found[n] = Document(path, text, self.domains[self.index[n]["domain"]], tuple(answers))
                 number += len(batch)
         return [found[int(n)] for n in numbers]
+
+    def _places(self, task: int, wanted: np.ndarray | None) -> Iterator[tuple[int, pa.RecordBatch, int]]:
+        """Number, batch and place in it of a task's documents."""
+        number = int(self.starts[task])
+        for batch in self._batches(task):
+            for i in range(len(batch)):
+                if wanted is None or wanted[number + i]:
+                    yield number + i, batch, i
+            number += len(batch)
 
     def _batches(self, task: int) -> Iterator[pa.RecordBatch]:
         with pa.memory_map(str(self.read.folders[task] / TEXTS_NAME)) as mapped:
@@ -161,12 +174,17 @@ class Documents:
 
 def batched(texts: Iterator[tuple[int, str]], characters: int = BATCH_BYTES) -> Iterator[list[tuple[int, str]]]:
     """Numbered texts in lists of about so many characters."""
-    batch: list[tuple[int, str]] = []
+    return batched_by(texts, lambda item: len(item[1]), characters)
+
+
+def batched_by(items: Iterator[T], size_of: Callable[[T], int], most: int = BATCH_BYTES) -> Iterator[list[T]]:
+    """The items in lists whose sizes add up to about ``most``."""
+    batch: list[T] = []
     size = 0
-    for number, text in texts:
-        batch.append((number, text))
-        size += len(text)
-        if size >= characters:
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if size >= most:
             yield batch
             batch, size = [], 0
     if batch:

@@ -8,10 +8,13 @@ changes no byte. A task that fails leaves its message in the work folder, where 
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
+from multiprocess.connection import wait
 
 from lightbulb.data_prep.config import ExecutorConfig
 from lightbulb.data_prep.step import Step, owner_of, perform
@@ -85,6 +89,54 @@ class RunTasks(PipelineStep):
         return {"name": self.batch.step.name, "tasks": list(self.batch.ranks)}
 
 
+class LocalExecutor(LocalPipelineExecutor):
+    """datatrove's executor for local processes, with a process per task instead of a pool.
+
+    The workers of a pool share a queue with a lock. One that is killed while it holds that lock keeps it for ever, and
+    this process would wait for it when it ends. Processes that share nothing can be killed at any time.
+
+    Attributes:
+        is_ended: set by others to have every process killed and :meth:`run` return.
+    """
+
+    is_ended = False
+
+    def run(self) -> None:
+        """Do all tasks, at most ``workers`` at once.
+
+        Raises:
+            ExecutorError: a process did not end with 0.
+        """
+        context = multiprocess.get_context("forkserver")
+        waiting, codes = deque(range(self.tasks)), set()
+        running: dict[Any, Any] = {}  # processes by what their end makes ready
+        try:
+            while (waiting or running) and not self.is_ended:
+                while waiting and len(running) < self.workers:
+                    process = context.Process(target=self._run_task, args=(waiting.popleft(),), daemon=True)
+                    process.start()
+                    running[process.sentinel] = process
+                for sentinel in wait(list(running), timeout=POLL_SECONDS):
+                    process = running.pop(sentinel)
+                    process.join()
+                    codes.add(process.exitcode)
+        finally:
+            for process in running.values():
+                process.kill()
+                process.join()
+        if failed := sorted(codes - {0}):
+            raise ExecutorError(f"processes ended with exit codes {failed}")
+
+    def _run_task(self, rank: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends its workers
+        try:
+            self._run_for_rank(rank, rank)
+        except Exception:
+            if not self.pipeline[0].batch.failures():  # what is written there needs no traceback here
+                raise
+            sys.exit(1)
+
+
 def failure_file(final: Path) -> Path:
     """Where a task leaves the message it failed with."""
     return final.with_name(f"{final.name}.failed")
@@ -126,7 +178,7 @@ def _executor(batch: Batch, config: ExecutorConfig, logs: Path) -> PipelineExecu
     }
     match config.type:
         case "local":
-            return LocalPipelineExecutor(**common | {"workers": min(config.num_workers, count)})
+            return LocalExecutor(**common | {"workers": min(config.num_workers, count)})
         case "slurm":
             return SlurmPipelineExecutor(**common, job_name=f"lightbulb-{batch.step.name}", **config.options)
         case "ray":
@@ -166,7 +218,9 @@ def _watch(batch: Batch, executor: PipelineExecutor, logs: Path, advance: Callab
             time.sleep(SLURM_POLL_SECONDS if isinstance(executor, SlurmPipelineExecutor) else POLL_SECONDS)
         thread.join()
     except BaseException:
-        _end_children()
+        if isinstance(executor, LocalExecutor):
+            executor.is_ended = True
+            thread.join()
         raise
 
 
@@ -186,9 +240,3 @@ def _is_queued(executor: PipelineExecutor) -> bool:
         return False
     answer = subprocess.run(["squeue", "-h", "-j", str(executor.job_id)], capture_output=True, text=True, check=False)
     return answer.returncode == 0 and bool(answer.stdout.strip())
-
-
-def _end_children() -> None:
-    """End the pool's processes; they are this process's own."""
-    for child in multiprocess.active_children():
-        child.terminate()

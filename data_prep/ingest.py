@@ -39,6 +39,7 @@ class Read(Step):
 
     name = "read"
     title = "Reading kB"
+    version = 2
 
     def settings(self) -> Any:
         return self.clean.model_dump(mode="json")

@@ -84,7 +84,7 @@ class Lineage(Step):
                     index["source"][part],
                     paths,
                     [names[i] for i in index["domain"][part]],
-                    [sides[i] for i in split[part]],
+                    [None if why else sides[i] for i, why in zip(split[part], reasons[part], strict=True)],
                     [None] * len(paths) if clusters is None else pa.array(clusters[part], mask=split[part] == DROPPED),
                     [labels[i] for i in reasons[part]],
                     index["bytes"][part],

@@ -103,7 +103,8 @@ def group_entry(folder: Path, group: dict[str, Any], shards: Sequence[dict[str, 
     """One group: sizes, and its shards as its index lists them."""
     tokens, documents = group["tokens"], group["documents"]
     names = ("domain", "cluster", "documents", "bytes", "tokens", "rows", "unused_tokens")
-    return {name: group[name] for name in names} | {
+    masked = ("counted_tokens",) if "counted_tokens" in group else ()
+    return {name: group[name] for name in (*names, *masked)} | {
         "bytes_per_token": round(group["bytes"] / max(1, tokens - documents), 4),
         "index_sha256": _sha256(folder / INDEX_NAME),
         "shards": [shard["raw_data"] | {"samples": shard["samples"]} for shard in shards],

@@ -28,11 +28,15 @@ class ShardFormat:
         length: tokens per row.
         token_dtype: uint16 or uint32.
         shard_bytes: a shard holds as many rows as fit, and at least one.
+        with_mask: rows also say of each token whether it counts towards the loss.
     """
 
-    def __init__(self, length: int, token_dtype: str, shard_bytes: int):
+    def __init__(self, length: int, token_dtype: str, shard_bytes: int, with_mask: bool = False):
         number_dtype = "uint16" if length < 1 << 16 else "uint32"
-        self.row = np.dtype([("document_ids", number_dtype, length), ("tokens", token_dtype, length)])
+        dtypes = (
+            {"document_ids": number_dtype} | ({"loss_mask": "uint8"} if with_mask else {}) | {"tokens": token_dtype}
+        )
+        self.row = np.dtype([(name, dtype, length) for name, dtype in dtypes.items()])
         """Columns in the order of their names, as MDS lays them out."""
 
         self._config = {
@@ -42,7 +46,7 @@ class ShardFormat:
             "hashes": [SHARD_HASH],
             "size_limit": shard_bytes,
             "column_names": list(self.row.names or ()),
-            "column_encodings": [f"ndarray:{number_dtype}:{length}", f"ndarray:{token_dtype}:{length}"],
+            "column_encodings": [f"ndarray:{dtype}:{length}" for dtype in dtypes.values()],
             "column_sizes": [self.row[name].itemsize for name in self.row.names or ()],
         }
         self._header = json.dumps(self._config, sort_keys=True).encode()

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.progress import Progress
 
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.config import CorpusConfig
-from lightbulb.data_prep.counts import CorpusError, Counts
-from lightbulb.data_prep.decontaminate import Contaminated
-from lightbulb.data_prep.deduplicate import ExactDuplicates, NearDuplicates, Signatures
-from lightbulb.data_prep.documents import Documents, dropped, kept
+from lightbulb.data_prep.counts import EXAMPLES, CorpusError, Counts
+from lightbulb.data_prep.decontaminate import SHARES_NAME, Contaminated
+from lightbulb.data_prep.deduplicate import KEPT_NAME, ExactDuplicates, NearDuplicates, Signatures
+from lightbulb.data_prep.documents import DROPPED_NAME, Documents, dropped, kept
 from lightbulb.data_prep.embed import model_digest
 from lightbulb.data_prep.ingest import Input, Read, inputs_digest, inputs_of, source_counts
 from lightbulb.data_prep.lineage import LINEAGE_FOLDER, Lineage
@@ -34,9 +35,10 @@ from lightbulb.data_prep.manifest import (
 from lightbulb.data_prep.mds import write_index
 from lightbulb.data_prep.relate import Cluster, Embed, FitEmbedder, Order
 from lightbulb.data_prep.split import SPLITS, TRAIN, Split
-from lightbulb.data_prep.step import REPORT_NAME, Output, digest
+from lightbulb.data_prep.step import REPORT_NAME, Output, Step, digest
 from lightbulb.data_prep.tokenise import TOKENIZER_NAME, MakeTokenizer, Tokenise
 from lightbulb.data_prep.tokens import ReadTokens, TakeTokens
+from lightbulb.data_prep.turns import CUT, TOO_LONG, TokeniseTurns
 from lightbulb.data_prep.work import Work, display
 from lightbulb.data_prep.write import CLUSTERS_NAME, Pack, Write
 from lightbulb.folder import FolderError, check_writable, claim, explained, sync_folder
@@ -93,12 +95,28 @@ class _Drops:
         for source in set(sources.tolist()):
             of_source = numbers[sources == source]
             (first,) = self.documents.find([int(of_source[0])])
-            counts[source].drop(reason, first.path)
-            counts[source].dropped[reason] += len(of_source) - 1
+            counts[source].dropped[reason] += len(of_source)
+            counts[source].first_dropped[reason] = first.path
+            counts[source].examples[reason] = self._examples(output, of_source)
             size = int(self.documents.index["bytes"][of_source].astype(int).sum())
             counts[source].documents -= len(of_source)
             counts[source].bytes -= size
         self.named.append((reason, output))
+
+    def _examples(self, output: Output, numbers: np.ndarray) -> list[dict[str, Any]]:
+        """Some of a source's documents that a step dropped: the first with those that stay for them, or those that
+        share most with evaluation texts."""
+        more: list[dict[str, Any]]
+        if (shares := _beside(output, SHARES_NAME, numbers)) is not None:
+            most = np.argsort(-shares, kind="stable")[:EXAMPLES]
+            numbers, more = numbers[most], [{"share": share} for share in shares[most].tolist()]
+        else:
+            numbers = numbers[:EXAMPLES]
+            stay = _beside(output, KEPT_NAME, numbers)
+            assert stay is not None, "a step that drops documents says why"
+            more = [{"kept": document.path} for document in self.documents.find(stay.tolist())]
+        paths = [document.path for document in self.documents.find(numbers.tolist())]
+        return [{"path": path} | about for path, about in zip(paths, more, strict=True)]
 
     @property
     def outputs(self) -> list[Output]:
@@ -132,16 +150,21 @@ class _Build:
         drops = self.drop(documents, counts)
         split = work.run(Split(documents, tuple(drops.outputs), config.held_out_fraction))
         tokenizer = work.run(MakeTokenizer(config.tokenizer, documents, split))
-        taken = TakeTokens(documents, split) if config.is_tokenised else None
-        tokens = work.run(taken or Tokenise(documents, split, tokenizer, config.tokenizer.eos))
+        tokens = work.run(self.tokenising(documents, split, tokenizer))
+        conversations = tuple(number for number, way in enumerate(config.too_long) if way is not None)
+        if conversations:
+            drops.add(TOO_LONG, tokens, counts)
+            for report in tokens.reports:
+                for source, number in report["cut"].items():
+                    counts[int(source)].repaired[CUT] += number
         related = self.relate(documents, split)
         clusters, order = related.clusters, related.order
-        pack = Pack(documents, split, tokens, clusters, order, config.pack, config.context_length, config.seed)
-        packed = work.run(pack)
+        length, seed = config.context_length, config.seed
+        packed = work.run(Pack(documents, split, tokens, clusters, order, config.pack, length, seed, conversations))
         self.check_not_empty(packed)
         self.lineage = work.run(Lineage(documents, split, tuple(drops.named), clusters, tokens, packed))
         eos_id = tokenizer.reports[0]["eos_id"]
-        shards = work.run(Write(packed, tokens, config.context_length, config.shard_bytes, eos_id))
+        shards = work.run(Write(packed, tokens, length, config.shard_bytes, eos_id))
         work.remove_unused()
         return self.assemble(everything, counts, tokenizer, related, packed, shards)
 
@@ -150,6 +173,16 @@ class _Build:
         config = self.config
         given = (config.sources, config.clean, self.inputs, config.task_bytes)
         return ReadTokens(*given, config.tokenizer) if config.is_tokenised else Read(*given)
+
+    def tokenising(self, documents: Documents, split: Output, tokenizer: Output) -> Step:
+        """The step that writes the ids of every document: of texts, of conversations, or as they were read."""
+        config = self.config
+        if config.is_tokenised:
+            return TakeTokens(documents, split)
+        given = (documents, split, tokenizer, config.tokenizer.eos)
+        if any(config.too_long):
+            return TokeniseTurns(*given, config.too_long, config.context_length + 1)
+        return Tokenise(*given)
 
     def drop(self, documents: Documents, counts: list[Counts]) -> _Drops:
         """Everything that drops whole documents, before they are divided."""
@@ -242,6 +275,15 @@ class _Build:
                 for name in ("adjacent_similarity", "random_similarity")
             }
         return content
+
+
+def _beside(output: Output, name: str, numbers: np.ndarray) -> np.ndarray | None:
+    """What a step's file says of documents that it dropped; None where it has no such file."""
+    if not all((folder / name).exists() for folder in output.folders):
+        return None
+    known, values = (np.concatenate([np.load(f / n) for f in output.folders]) for n in (DROPPED_NAME, name))
+    order = np.argsort(known)
+    return values[order[np.searchsorted(known[order], numbers)]]
 
 
 def _link(files: Iterable[Path], folder: Path) -> None:

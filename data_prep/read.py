@@ -33,7 +33,8 @@ from lightbulb.data_prep.config import (
     SourceConfig,
     TextConfig,
 )
-from lightbulb.data_prep.counts import CorpusError, Counts
+from lightbulb.data_prep.conversation import Rendered, render
+from lightbulb.data_prep.counts import EXCERPT, CorpusError, Counts
 from lightbulb.data_prep.documents import Document, named
 from lightbulb.data_prep.files import READ_BYTES, InputFile, opened
 
@@ -57,9 +58,9 @@ class Reading:
         folders = self.file.name.split("/")[:-1]
         return named(folders[depth - 1]) if depth is not None and len(folders) >= depth else self.source.domain
 
-    def drop(self, reason: str, place: str = "") -> None:
+    def drop(self, reason: str, place: str = "", text: str | bytes = "") -> None:
         """Count what is dropped at a place of the file."""
-        self.counts.drop(reason, self.file.name + place)
+        self.counts.drop(reason, self.file.name + place, text)
 
     def document(self, text: str, place: str = "") -> Document:
         """A document at a place of the file."""
@@ -72,7 +73,7 @@ class Reading:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError:
             if self.clean.encoding == "drop":
-                self.drop("not_text" if b"\0" in content else "not_utf8", place)
+                self.drop("not_text" if b"\0" in content else "not_utf8", place, content)
                 return
             self.counts.repaired["encoding"] += 1
             text = content.decode("utf-16" if content.startswith(UTF16_MARKS) else "utf-8", errors="replace")
@@ -177,12 +178,12 @@ def _parsed(content: bytes, reading: Reading, place: str) -> Iterator[Any]:
             try:
                 value = json.loads(content.decode("utf-8", errors="replace"))
             except (ValueError, RecursionError):
-                reading.drop("not_json", place)
+                reading.drop("not_json", place, content)
             else:
                 reading.counts.repaired["encoding"] += 1
                 yield value
         else:
-            reading.drop("not_json", place)
+            reading.drop("not_json", place, content)
 
 
 def _read_csv(source: CsvConfig, reading: Reading) -> Iterator[Document]:
@@ -196,7 +197,7 @@ def _read_csv(source: CsvConfig, reading: Reading) -> Iterator[Document]:
             for row in rows:
                 place = f":{rows.line_num}"
                 if len(row) != len(names):
-                    reading.drop("not_a_row", place)
+                    reading.drop("not_a_row", place, ",".join(row))
                 else:
                     yield from _from_record(source, dict(zip(names, row, strict=True)), reading, place)
         except csv.Error as error:
@@ -214,7 +215,7 @@ def _text_lines(reading: Reading, stream: BinaryIO) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors=errors)
         except UnicodeDecodeError:
-            reading.drop("not_utf8", f":{number}")
+            reading.drop("not_utf8", f":{number}", line)
 
 
 def _read_parquet(source: ParquetConfig, reading: Reading) -> Iterator[Document]:
@@ -261,21 +262,31 @@ def _check_columns(source: RecordSourceConfig, names: list[str], reading: Readin
 
 
 def _from_record(source: RecordSourceConfig, record: Any, reading: Reading, place: str) -> Iterator[Document]:
-    values = {field: _field(record, field) for field in source.text_fields}
-    for field, value in values.items():
-        if not (isinstance(value, str) if source.template is None else isinstance(value, str | int | float | list)):
-            reading.drop(f"no_field_{field}", place)
-            return
-    text = values[source.text_field] if source.template is None else _filled(source.template, source.join, values)
-    if len(text) > MAX_DOCUMENT_BYTES:
-        reading.drop("too_long", place)
+    found = _rendered(source, {field: _field(record, field) for field in source.text_fields})
+    if isinstance(found, str):
+        reading.drop(found, place, str(record)[:EXCERPT])
+        return
+    if len(found.text) > MAX_DOCUMENT_BYTES:
+        reading.drop("too_long", place, found.text)
         return
     if source.id_field is not None and (name := _field(record, source.id_field)) is not None:
         place = f":{name}"
-    document = reading.document(text, place)
+    document = reading.document(found.text, place)._replace(answers=found.answers)
     if source.domain_field is not None and (domain := _field(record, source.domain_field)) is not None:
         document = document._replace(domain=named(domain))
     yield document
+
+
+def _rendered(source: RecordSourceConfig, values: dict[str, Any]) -> Rendered | str:
+    """A record's fields as text, or the reason why it is dropped."""
+    if source.conversation is not None:
+        return render(source.conversation, list(values.values()))
+    for field, value in values.items():
+        if not (isinstance(value, str) if source.template is None else isinstance(value, str | int | float | list)):
+            return f"no_field_{field}"
+    return Rendered(
+        values[source.text_field] if source.template is None else _filled(source.template, source.join, values)
+    )
 
 
 def _field(record: Any, field: str) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.config import TokenizerConfig
-from lightbulb.data_prep.documents import Documents, array_hash
+from lightbulb.data_prep.documents import Documents, array_hash, batched_by
 from lightbulb.data_prep.split import DROPPED, SPLITS, TRAIN, load_split
 from lightbulb.data_prep.step import Output, Step, Task
 from lightbulb.folder import explained
@@ -95,7 +95,8 @@ class Tokenise(Step):
         dtype = token_dtype(tokenizer.vocab_size)
         lengths: list[int] = []
         with explained(task.out), (task.out / TOKENS_NAME).open("wb") as file:
-            for batch in _batches(text for _, text in self.documents.texts(rank, self._kept())):
+            texts = (text for _, text in self.documents.texts(rank, self._kept()))
+            for batch in batched_by(texts, len, BATCH_CHARS):
                 for ids in tokenizer.encode_arrays(batch, task.threads):
                     np.append(ids, tokenizer.eos_id).astype(dtype).tofile(file)
                     lengths.append(len(ids) + 1)
@@ -122,21 +123,7 @@ def token_lengths(documents: Documents, split: np.ndarray, tokens: Output) -> tu
     return starts, lengths
 
 
-def map_tokens(folder: Path, dtype: str) -> np.ndarray:
-    """All ids of a task, end to end, mapped from disk."""
-    path = folder / TOKENS_NAME
+def map_tokens(folder: Path, dtype: str, name: str = TOKENS_NAME) -> np.ndarray:
+    """All ids of a task, end to end, mapped from disk; or what a file of another name says of each."""
+    path = folder / name
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """The texts in lists of a few million characters."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -48,6 +48,7 @@ class ReadTokens(Read):
 
     name = "read_tokens"
     title = "Reading kB of tokens"
+    version = 2
 
     def settings(self) -> Any:
         return [super().settings(), self._load().digest, self.tokenizer.eos]

@@ -1,5 +1,6 @@
 """Timing in turns: what is compared runs in the same loop, so that a slow minute of the machine hits all sides."""
 
+import argparse
 import json
 import platform
 import statistics
@@ -13,6 +14,24 @@ import torch
 Run = Callable[[], object]
 
 _FLUSH_BYTES = 1 << 28  # more than any GPU's cache
+
+
+def arguments(doc: str, rounds: int = 15, **own: dict[str, Any]) -> argparse.Namespace:
+    """The arguments of a benchmark: ``--threads``, which are set, and ``--rounds``.
+
+    Args:
+        doc: what the help says.
+        rounds: default.
+        own: further ones, each with what ``add_argument`` takes.
+    """
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    for name, how in own.items():
+        parser.add_argument(f"--{name}", **how)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
 
 
 def interleaved(contenders: Mapping[str, Run], rounds: int = 15, warmup: int = 3) -> dict[str, list[float]]:
@@ -87,8 +106,8 @@ def machine() -> dict[str, Any]:
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def report(title: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
-    """Print a table of the rows, then the result with :func:`machine` as one line of JSON."""
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print a table of the rows, all with the same keys."""
     print(title)
     if rows:
         names = list(rows[0])
@@ -96,6 +115,18 @@ def report(title: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> No
         widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
         for row in cells:
             print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def named(step: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """The ratios ("vs PEER") and fractions ("of LIMIT") of a row as ``STEP_vs_PEER`` and ``STEP_of_LIMIT``, the names
+    that the plot of all kernels reads."""
+    found = {key: value for key, value in row.items() if key.startswith(("vs ", "of ")) and isinstance(value, float)}
+    return {f"{step} {key}".replace(" ", "_"): round(value, 4) for key, value in found.items()}
+
+
+def report(title: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    """:func:`show` the rows, then print the result with :func:`machine` as one line of JSON, the last."""
+    show(title, rows)
     print(json.dumps(result | machine()))
 
 

@@ -1,6 +1,7 @@
 """Look at a corpus: `lightbulb inspect DIR [--samples N] [--split held_out] [--plot FILE.png]`.
 
-Shows what the manifest says of sources and groups, prints pieces of documents as they were written, and draws the
+Shows what the manifest says of sources and groups, prints pieces of documents as they were written
+(of conversations with what counts towards the loss in brackets), and draws the
 lengths of the documents and the sizes of the domains. Reads only what `lightbulb preprocess` wrote; the picture goes
 beside the corpus unless --plot names a file. `lightbulb verify DIR` checks every byte.
 """
@@ -11,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from lightbulb.data.tokenizer import TokenizerError
 from lightbulb.data_prep.counts import CorpusError
-from lightbulb.data_prep.inspect import draw, open_manifest, samples, tables
+from lightbulb.data_prep.inspect import Sample, draw, open_manifest, samples, tables
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,13 +37,21 @@ def main(argv: Sequence[str]) -> int:
             console.print(table)
         for sample in samples(folder, manifest, arguments.split, arguments.samples, arguments.seed):
             console.rule(f"{sample.place}, {sample.tokens} tokens")
-            console.print(sample.text, markup=False, highlight=False, soft_wrap=True)
+            console.print(shown(sample), highlight=False, soft_wrap=True)
         draw(folder, plot)
     except (CorpusError, TokenizerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     console.print(f"{plot}: lengths and domains", markup=False, highlight=False)
     return 0
+
+
+def shown(sample: Sample) -> Text:
+    """The sample's text; where some of it does not count towards the loss, what counts stands in coloured brackets."""
+    if all(counts for _, counts in sample.parts):
+        return Text("".join(text for text, _ in sample.parts))
+    parts = ((f"⟦{text}⟧", "bold green") if counts else (text, "") for text, counts in sample.parts)
+    return Text.assemble(*parts)
 
 
 if __name__ == "__main__":

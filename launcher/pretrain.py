@@ -22,6 +22,9 @@ if sys.path and Path(sys.path[0]) == Path(__file__).parent:
 
 import argparse
 import logging
+import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -38,7 +41,7 @@ from lightbulb.train.config import RunConfig
 from lightbulb.train.ending import Announced, announce, write_outcome
 from lightbulb.train.exchange import ExchangeError
 from lightbulb.train.loop import TrainingError, open_trainer
-from lightbulb.train.manifest import CheckpointError
+from lightbulb.train.manifest import CheckpointError, step_folder
 from lightbulb.train.output import outlive_readers
 from lightbulb.train.restart import Job, default_ranks, supervise
 
@@ -46,21 +49,49 @@ REFUSALS = (ConfigError, DataError, FolderError, CheckpointError, TrainingError,
 AGREED = (ConfigError, OutOfRows, TrainingError, RankError)
 
 
+class Prepared(NamedTuple):
+    """A run to train, and what is done when it is complete (on one process; it gives the exit code)."""
+
+    config: RunConfig
+    finish: Callable[[], int] = lambda: 0
+
+
 def main(argv: list[str]) -> int:
     """Run the command; 0 when the run is complete or was stopped by a signal after saving."""
-    options = _parser().parse_args(argv)
+    parser = make_parser("pretrain", "Pretrain a model from a run file.")
+    return train(argv, parser, lambda path, overrides: Prepared(load_config(RunConfig, path, overrides)), __file__)
+
+
+def train(
+    argv: list[str],
+    parser: argparse.ArgumentParser,
+    prepare: Callable[[str, list[str]], Prepared],
+    script: str,
+) -> int:
+    """What commands that train have in common.
+
+    Args:
+        argv: arguments.
+        parser: of :func:`make_parser`.
+        prepare: makes a run of the path of its config and overrides.
+        script: file that a launcher is to start.
+    """
+    options = parser.parse_args(argv)
     outlive_readers()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("lightbulb").setLevel(logging.INFO)
     try:
-        config = load_config(RunConfig, options.config, options.overrides)
+        config, finish = prepare(options.config, options.overrides)
         if options.restart is not None:
             ranks = default_ranks(options.num_gpus)
             arguments = [options.config, *options.overrides]
             fewest = min(options.min_ranks or ranks, ranks)
-            return supervise(Job(Path(__file__), arguments, ranks, fewest, options.restart, options.hostfile), config)
+            return supervise(Job(Path(script), arguments, ranks, fewest, options.restart, options.hostfile), config)
         adopt_environment()
-        return pretrain(config, options.outcome)
+        code = pretrain(config, options.outcome)
+        is_first = os.environ.get("RANK", "0") == "0"
+        is_complete = step_folder(Path(config.run).expanduser(), config.train.steps).exists()
+        return finish() if code == 0 and is_first and is_complete else code
     except Announced:
         return 1
     except REFUSALS as error:
@@ -68,8 +99,9 @@ def main(argv: list[str]) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightbulb pretrain", description="Pretrain a model from a run file.")
+def make_parser(name: str, about: str) -> argparse.ArgumentParser:
+    """The arguments of a command that trains."""
+    parser = argparse.ArgumentParser(prog=f"lightbulb {name}", description=about)
     parser.add_argument("config", help="run file (YAML)")
     parser.add_argument("overrides", nargs="*", help="settings such as train.steps=100")
     parser.add_argument("--restart", type=int, metavar="N", help="start by deepspeed, again up to N times in a row")

@@ -3,7 +3,8 @@
 Reads a config such as configs/experts/*.yaml (or a mergekit file: base_model, experts, gate_mode; add run=FOLDER), the
 runs or Hugging Face folders it names, and corpora for routers that are learned. Writes a run folder with a checkpoint
 of step 0 and a receipt of what went in and came out; where the result must equal the dense model and does not, nothing
-is left behind. Next: `lightbulb pretrain` with `start_from:` that folder.
+is left behind. With `method: fuse` it writes distributions for the rows of a corpus, and the run of a student that
+learns from them. Next: `lightbulb pretrain` with that run's config, or with `start_from:` its folder.
 """
 
 import argparse
@@ -11,9 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightbulb.config import ConfigError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from lightbulb.config import ConfigError, load_config
 from lightbulb.data.config import DataError
 from lightbulb.data.tokenizer import TokenizerError
+from lightbulb.experts.fuse import fuse
+from lightbulb.experts.fuse_config import FuseConfig, is_fuse
 from lightbulb.experts.hf.family import InteropError
 from lightbulb.experts.receipt import Receipt, ReceiptError
 from lightbulb.experts.upcycle import upcycle
@@ -29,15 +35,39 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings such as run=runs/moe")
     arguments = parser.parse_args(argv)
     try:
-        config = load_upcycle_config(arguments.config, arguments.overrides)
-        receipt = upcycle(config)
+        if is_fuse(arguments.config, arguments.overrides):
+            fusing = load_config(FuseConfig, arguments.config, arguments.overrides)
+            receipt, run = _fuse(fusing), fusing.run
+        else:
+            config = load_upcycle_config(arguments.config, arguments.overrides)
+            receipt, run = upcycle(config), config.run
     except (
         CheckpointError, ConfigError, DataError, FolderError, InteropError, ReceiptError, TokenizerError
     ) as error:  # fmt: skip
         print(f"error: {error}", file=sys.stderr)
         return 1
-    show(receipt, config.run)
+    show(receipt, run)
     return 0
+
+
+def _fuse(config: FuseConfig) -> Receipt:
+    """With a bar for each source."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show_rows(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        return fuse(config, show_rows)
 
 
 def show(receipt: Receipt, out: Path) -> None:
@@ -53,7 +83,7 @@ def show(receipt: Receipt, out: Path) -> None:
     for note in receipt.notes:
         print(note)
     print(f"receipt: {out / 'receipt.json'}")
-    print(f"next: lightbulb pretrain with start_from: {out}")
+    print(f"next: lightbulb pretrain {out / 'config.yaml'}, or another config with start_from: {out}")
 
 
 if __name__ == "__main__":

@@ -156,17 +156,25 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: the file is missing, is not YAML, or does not describe a valid config.
     """
-    path = Path(path)
+    return build_config(cls, read_values(Path(path), overrides), str(path))
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What :func:`load_config` validates: the file's values over its base's, and the overrides over them.
+
+    Raises:
+        ConfigError: a file is missing or not YAML, or an override is none.
+    """
     values = read_yaml(path)
     base = values.pop("base", None)
     if base is not None:
         parent = read_yaml(path.parent / str(base))
         if "base" in parent:
             raise ConfigError(f"{path}: base {base!r} has a base of its own; only one level of inheritance is allowed")
-        values = _merge(parent, values)
+        values = merge(parent, values)
     for override in overrides:
-        values = _merge(values, parse_override(override))
-    return build_config(cls, values, str(path))
+        values = merge(values, parse_override(override))
+    return values
 
 
 def changed(config: C, changes: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> C:
@@ -175,9 +183,9 @@ def changed(config: C, changes: dict[str, Any], overrides: Sequence[str] = (), s
     Raises:
         ConfigError: what comes out is not valid.
     """
-    values = _merge(config.model_dump(mode="json"), changes)
+    values = merge(config.model_dump(mode="json"), changes)
     for text in overrides:
-        values = _merge(values, parse_override(text))
+        values = merge(values, parse_override(text))
     return build_config(type(config), values, source)
 
 
@@ -222,19 +230,19 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
-def _merge(below: Any, above: Any) -> Any:
+def merge(below: Any, above: Any) -> Any:
     """Mappings merge key by key (a changed ``type`` replaces the whole part); list items by index given as key."""
     if isinstance(below, list) and isinstance(above, dict) and above and all(str(k).isdigit() for k in above):
         if any(int(k) >= len(below) for k in above):
             raise ConfigError(f"override index {max(map(int, above))} is outside a list of {len(below)} items")
-        return [_merge(item, above.get(str(i), item)) for i, item in enumerate(below)]
+        return [merge(item, above.get(str(i), item)) for i, item in enumerate(below)]
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     if "type" in above and "type" in below and above["type"] != below["type"]:
         return above
     merged = dict(below)
     for key, value in above.items():
-        merged[key] = _merge(below[key], value) if key in below else value
+        merged[key] = merge(below[key], value) if key in below else value
     return merged
 
 

@@ -20,7 +20,7 @@ from lightbulb.kernels.experts import (
     weighted_sum,
 )
 from lightbulb.kernels.linear_recurrence import linear_recurrence, state_dtype
-from lightbulb.kernels.native import ABSENT, is_built
+from lightbulb.kernels.native import is_built
 from lightbulb.kernels.rms_norm import add_rms_norm, rms_norm
 from lightbulb.kernels.rope import rotate
 from lightbulb.kernels.softmax import softmax
@@ -30,7 +30,6 @@ from lightbulb.kernels.ternary_matmul.packing import FORMATS, PER_BYTE, PackForm
 from lightbulb.kernels.ternary_matmul.training import takes_ternary_training, ternary_training_linear
 
 __all__ = [
-    "ABSENT",
     "FORMATS",
     "IGNORE",
     "PER_BYTE",

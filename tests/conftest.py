@@ -14,6 +14,8 @@ if "--device=cuda" not in sys.argv and "cuda" not in sys.argv:
 from processes import Command  # noqa: E402
 from training_runs import write_run_file  # noqa: E402
 
+pytest_plugins = ["session_end"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where tests of kernels run")

@@ -5,26 +5,46 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightbulb.config import load_config, read_yaml
+from lightbulb.config import load_config, read_yaml, save_config
 from lightbulb.data.config import MixtureConfig
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.evaluation.proof import ProofConfig
+from lightbulb.experts.branch_config import BranchConfig
+from lightbulb.experts.fuse_config import FuseConfig, is_fuse
 from lightbulb.experts.mixture_model import mixture_config
 from lightbulb.experts.upcycle_config import load_upcycle_config
+from lightbulb.recipes.config import load_recipe
 from lightbulb.train.config import RunConfig
+from lightbulb.train.finetune import load_finetune_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 EXPERTS = Path(__file__).parent.parent / "configs" / "experts"
-UPCYCLING = [path for path in sorted(EXPERTS.glob("*.yaml")) if {"method", "sources"} & set(read_yaml(path))]
+FINETUNING = sorted(EXPERTS.glob("finetune-*.yaml"))
+FUSING = [path for path in sorted(EXPERTS.glob("*.yaml")) if is_fuse(path)]
+UPCYCLING = [p for p in sorted(EXPERTS.glob("*.yaml")) if {"method", "sources"} & set(read_yaml(p)) and p not in FUSING]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_config_loads_and_costs_what_it_builds(path):
+    if "tasks" in path.parts:  # of lm-eval-harness; tests/evaluation/test_harness.py runs them
+        assert read_yaml(path)["task"] == path.stem
+        return
     if path in UPCYCLING:
         load_upcycle_config(path)
         return
+    if path in FINETUNING:
+        return  # below: the model is that of another run
+    if path in FUSING:
+        load_config(FuseConfig, path)
+        return
     if path.parent.name == "mixes":
         load_config(MixtureConfig, path)
+        return
+    if "seed_run" in read_yaml(path):
+        load_config(BranchConfig, path)
+        return
+    if "budget" in read_yaml(path):
+        load_recipe(path)  # its plan: tests/recipes
         return
     if "model" not in read_yaml(path):
         load_config(CorpusConfig, path)
@@ -64,6 +84,23 @@ def test_a_mixture_costs_what_it_builds(path):
         model = mixture.build()
     assert mixture.cost().params == sum(p.numel() for p in model.parameters()) > seed.cost().params
     assert mixture.cost().active_params < mixture.cost().params
+
+
+@pytest.mark.parametrize("path", FINETUNING, ids=lambda path: path.name)
+def test_fine_tuning_files_load_beside_the_runs_they_start_from(path, tmp_path, monkeypatch):
+    quickstart = load_config(RunConfig, EXPERTS.parent / "debug/quickstart.yaml")
+    seed = load_config(RunConfig, EXPERTS / "seed.yaml").model
+    mixture = mixture_config(seed, load_upcycle_config(EXPERTS / "btx.yaml"))
+    runs = {"quickstart": quickstart.model, "seed-btx": mixture, "seed-btx-routers": mixture}
+    monkeypatch.chdir(tmp_path)
+    for name, model in runs.items():
+        Path("runs", name).mkdir(parents=True)
+        save_config(quickstart.model_copy(update={"model": model}), Path("runs", name, "config.yaml"))
+    run, merge = load_finetune_config(path)
+    start = load_config(RunConfig, Path(run.start_from, "config.yaml"))
+    assert run.model.model_copy(update={"modifiers": []}).cost().params == start.model.cost().params
+    assert merge == any(modifier.type == "lora" for modifier in run.model.modifiers)
+    assert run.optimizer.lr <= start.optimizer.lr and run.schedule.warmup <= 0.03
 
 
 def test_the_cost_of_the_large_mixture_is_the_one_in_its_file():

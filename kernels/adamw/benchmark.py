@@ -4,7 +4,6 @@
 "of copy rate" may exceed 1 on a CPU: a line that is written where it was read is not fetched again, as a copy's is.
 """
 
-import argparse
 import statistics
 from functools import partial
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightbulb.kernels.adamw import adamw
-from lightbulb.kernels.timing import copy_bytes_per_second, interleaved, ratio, report
+from lightbulb.kernels.timing import arguments, copy_bytes_per_second, interleaved, ratio, report
 
 BYTES = {"with copy": 30, "without": 28}
 """Of each weight: read and written once."""
@@ -55,11 +54,7 @@ class Peer:
 
 def main() -> None:
     """Measure, print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = arguments(__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     limit, table, result = copy_bytes_per_second(), [], {}
     for count, size in ((16, 1 << 22), (256, 1 << 15)):

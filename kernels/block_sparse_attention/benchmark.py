@@ -7,11 +7,10 @@ PyTorch's dense attention. The crossover is the part of the score matrix in list
 takes less time, found by widening a window.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from lightbulb.kernels.block_sparse_attention import (
     block_sparse_attention,
     listed_density,
 )
-from lightbulb.kernels.timing import interleaved, ratio, report
+from lightbulb.kernels.timing import arguments, interleaved, named, ratio, report, show
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -36,23 +35,20 @@ _PRODUCTS = {"forward": 4, "forward and backward": 14}
 
 
 def main() -> None:
-    """Measure, print tables and a line of JSON each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--lengths", type=int, nargs="+")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    """Measure, print tables and a line of JSON."""
+    options = arguments(__doc__, 9, lengths={"type": int, "nargs": "+"})
     on_gpu = torch.cuda.is_available()
     lengths = options.lengths or ([4096, 16384, 65536] if on_gpu else [2048])
+    result: dict[str, Any] = {"op": "block_sparse_attention"}
     if on_gpu:
-        compare(lengths, options.rounds)
+        result |= compare(lengths, options.rounds)
     else:
         print("skipped: the kernels, flash and FlexAttention, which need a GPU")
-    crossover([*([512, 1024, 2048] if on_gpu else []), *lengths[:2]], options.rounds)
+    result |= crossover([*([512, 1024, 2048] if on_gpu else []), *lengths[:2]], options.rounds)
+    report("", [], result)
 
 
-def compare(lengths: list[int], rounds: int) -> None:
+def compare(lengths: list[int], rounds: int) -> dict[str, float]:
     """The kernels, flash and FlexAttention, by mask."""
     limit, table = product_rate(), []
     result: dict[str, float] = {}
@@ -73,10 +69,11 @@ def compare(lengths: list[int], rounds: int) -> None:
                     table.append(row | {"of flash rate": found["flash"] * 2 * density, "vs flex": found["flex"]})
                     key = f"{name}_{length}_{width}_{way.split()[-1]}"
                     result |= {f"{key}_vs_{who}": round(value, 3) for who, value in found.items()}
-    report(f"block-sparse attention, {_HEADS} heads, bfloat16", table, {"op": "block_sparse_attention"} | result)
+    show(f"block-sparse attention, {_HEADS} heads, bfloat16", table)
+    return result
 
 
-def crossover(lengths: list[int], rounds: int) -> None:
+def crossover(lengths: list[int], rounds: int) -> dict[str, float]:
     """Windows of growing width against dense causal attention and, on a GPU, against a mask too, forward and
     backward."""
     width, table = 64, []
@@ -97,10 +94,12 @@ def crossover(lengths: list[int], rounds: int) -> None:
                     row[f"vs {who}"] = ratio(seconds, who)
                     found.setdefault(who, []).append((density, row[f"vs {who}"]))
             table.append(row)
+            result |= named(f"{length} window {length // part}", row)
         for who, points in found.items():
             result[f"crossover_{length}_{who}"] = round(crossing(points), 3)
     result |= {"density_in_use": CROSSOVER_DENSITY, "length_in_use": CROSSOVER_LENGTH}
-    report("windows against dense causal attention, forward and backward", table, result)
+    show("windows against dense causal attention, forward and backward", table)
+    return result
 
 
 def crossing(points: list[tuple[float, float]]) -> float:

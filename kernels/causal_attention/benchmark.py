@@ -4,7 +4,6 @@ lightbulb.kernels.causal_attention.benchmark``.
 The roof is a large float32 product's rate on the FLOPs of the visible pairs.
 """
 
-import argparse
 import statistics
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lightbulb.kernels.causal_attention import causal_attention, has_fast_causal_attention
-from lightbulb.kernels.timing import Run, interleaved, ratio, report
+from lightbulb.kernels.timing import Run, arguments, interleaved, ratio, report
 
 _PROBE = 1024
 SHAPES = [  # batch, heads, key heads, length, width
@@ -37,14 +36,12 @@ def step(function: Any, tensors: list[Tensor], grad: Tensor) -> Run:
 
 def main() -> None:
     """Measure, print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
+    options = arguments(__doc__, 9)
     if torch.cuda.is_available():
-        print("a kernel for CPUs: PyTorch's own is used on this GPU, nothing to compare")
+        report(
+            "a kernel for CPUs: PyTorch's own is used on this GPU, nothing to compare", [], {"op": "causal_attention"}
+        )
         return
-    torch.set_num_threads(options.threads)
     a = torch.randn(_PROBE, _PROBE)
     table: list[dict[str, Any]] = []
     result: dict[str, Any] = {"op": "causal_attention"}

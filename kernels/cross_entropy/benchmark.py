@@ -4,7 +4,6 @@ lightbulb.kernels.cross_entropy.benchmark``.
 The roof is the three products alone. Peers that are not installed, or do not run here, are named.
 """
 
-import argparse
 import importlib.util
 import statistics
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightbulb.kernels.cross_entropy import linear_cross_entropy
-from lightbulb.kernels.timing import Run, interleaved, ratio, report
+from lightbulb.kernels.timing import Run, arguments, interleaved, named, ratio, report
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -89,11 +88,7 @@ def peak_bytes(run: Run) -> int:
 
 def main() -> None:
     """Measure, print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = arguments(__doc__, 9)
     is_gpu = torch.cuda.is_available()
     device = "cuda" if is_gpu else "cpu"
     sizes = [(8192, 4096, 32000), (8192, 4096, 128256)] if is_gpu else [(2048, 256, 8192)]
@@ -115,11 +110,8 @@ def main() -> None:
                 if is_gpu:
                     row["MiB"] = peak_bytes(run) / 2**20
                 table.append(row)
-                key = f"{short}_{vocab}"
-                if name == "ours":
-                    result[f"of_products_{key}"] = round(share, 3)
-                else:
-                    result[f"vs_{name.replace(' ', '_')}_{key}"] = round(faster, 3)
+                figure = {"of products": share} if name == "ours" else {f"vs {name}": faster}
+                result |= named(f"{short} {vocab}", figure)
     report("linear cross-entropy, forward and backward", table, result | {"skipped": missing})
 
 

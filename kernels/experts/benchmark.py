@@ -7,18 +7,17 @@ Qwen3-30B-A3B, tokens routed as evenly as can be or naturally (experts drawn wit
 The roof is a square matrix product in the same loop.
 """
 
-import argparse
 import importlib.util
 import statistics
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from lightbulb.kernels.experts import grouped_swiglu, merged_swiglu, mixture_swiglu
-from lightbulb.kernels.timing import Run, interleaved, ratio, report
+from lightbulb.kernels.timing import Run, arguments, interleaved, named, ratio, report, show
 
 ROOF = "roof"
 Mixture = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -213,19 +212,19 @@ def measure(
 
 
 def main() -> None:
-    """Measure, print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    """Measure, print tables and a line of JSON."""
+    options = arguments(__doc__, 7)
     if not torch.cuda.is_available():
         print("skipped: Triton against torch._grouped_mm, there is no GPU")
         tables = {"Mixture of experts": cpu_rows(options.rounds), "Merged experts": merged_rows(options.rounds)}
     else:
         tables = {"Mixture of experts": gpu_rows(options.rounds)}
+    result: dict[str, Any] = {"op": "experts"}
     for title, table in tables.items():
-        report(title, table, {"rows": table})
+        show(title, table)
+        for row in table:
+            result |= named(f"{row['shape']} {row['case']} {row['pass']}", row)
+    report("", [], result)
 
 
 if __name__ == "__main__":

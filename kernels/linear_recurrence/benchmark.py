@@ -4,7 +4,6 @@ On a GPU: flash-linear-attention (``pip install flash-linear-attention``) and ma
 memory. On the CPU: plain torch, and for decoding the twin; the limit is the rate of a float32 matrix product.
 """
 
-import argparse
 import importlib
 import statistics
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightbulb.kernels.linear_recurrence import linear_recurrence, plain, reference
-from lightbulb.kernels.timing import copy_bytes_per_second, interleaved, ratio, report
+from lightbulb.kernels.timing import arguments, copy_bytes_per_second, interleaved, ratio, report
 
 _CHUNK = 64
 
@@ -62,11 +61,7 @@ GPU_SHAPES = [
 
 def main() -> None:
     """Measure, print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = arguments(__doc__)
     on_gpu, table = torch.cuda.is_available(), []
     result: dict[str, float] = {}
     for shape in GPU_SHAPES if on_gpu else CPU_SHAPES:
@@ -170,7 +165,7 @@ def _has(package: str) -> bool:
     """Whether it imports, which for packages of GPU kernels is more than being installed."""
     try:
         importlib.import_module(package)
-    except Exception:
+    except (ImportError, OSError, RuntimeError):  # absent, a library that does not load, no GPU
         return False
     return True
 

@@ -1,6 +1,5 @@
 """RMSNorm, alone and with the residual, against ``F.rms_norm``: ``python -m lightbulb.kernels.rms_norm.benchmark``."""
 
-import argparse
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightbulb.kernels.rms_norm import add_rms_norm, rms_norm
-from lightbulb.kernels.timing import Run, memory_bound
+from lightbulb.kernels.timing import Run, arguments, memory_bound
 
 EPS = 1e-6
 
@@ -44,11 +43,7 @@ def liger(device: str) -> tuple[Norm, AddNorm] | None:
 
 def main() -> None:
     """Measure, print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = arguments(__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, dim = (16384, 4096) if device == "cuda" else (2048, 256)
     peer, steps = liger(device), {}

@@ -4,7 +4,6 @@ The peer is Hugging Face's ``q * cos + rotate_half(q) * sin`` on ``[batch, heads
 order that ours includes; both end in the order attention reads.
 """
 
-import argparse
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightbulb.kernels.rope import rotate
-from lightbulb.kernels.timing import Run, memory_bound
+from lightbulb.kernels.timing import Run, arguments, memory_bound
 
 Function = Callable[[Tensor], Tensor]
 
@@ -46,11 +45,7 @@ def functions(length: int, width: int, dtype: torch.dtype, device: str) -> dict[
 
 def main() -> None:
     """Measure, print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = arguments(__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (4096, 4, 32, 128) if device == "cuda" else (512, 4, 8, 32)
     steps: dict[str, tuple[dict[str, Run], int]] = {}

@@ -37,23 +37,6 @@ def softmax(scores: Tensor, mask: Tensor | None = None, sink: Tensor | None = No
     return _Softmax.apply(scores, mask, sink)
 
 
-def softmax_(scores: Tensor, mask: Tensor | None = None, sink: Tensor | None = None) -> Tensor:
-    """Overwrite the scores with their :func:`softmax`; without autograd, for use inside a Function."""
-    if scores.numel() == 0:
-        return scores
-    if is_reference():
-        return scores.copy_(reference.softmax(scores, mask, sink))
-    _forward(scores, mask, sink, scores)
-    return scores
-
-
-def softmax_grad_(grad: Tensor, weights: Tensor) -> Tensor:
-    """Overwrite the gradient of the weights ``[..., rows, keys]`` with that of the scores, and return the sums of
-    ``grad * weights``, ``[..., rows]`` in float32; without autograd. A sink's gradient is minus these sums times its
-    share, ``1 - weights.sum(-1)``."""
-    return _backward(grad, weights, grad)
-
-
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, mask: Tensor | None, sink: Tensor | None) -> Tensor:
@@ -76,7 +59,7 @@ class _Softmax(torch.autograd.Function):
 
 
 def _forward(scores: Tensor, mask: Tensor | None, sink: Tensor | None, out: Tensor) -> Tensor | None:
-    """Write the weights to ``out``, which may be the scores; the sink's share ``[..., rows]``."""
+    """Write the weights to ``out``; the sink's share ``[..., rows]``."""
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     share = None if sink is None else scores.new_empty(scores.shape[:-1], dtype=wide)
     given = [scores, *([] if mask is None else [mask]), *([] if sink is None else [sink])]
@@ -115,7 +98,7 @@ def _forward(scores: Tensor, mask: Tensor | None, sink: Tensor | None, out: Tens
 
 
 def _backward(grad: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-    """Write the scores' gradient to ``out``, which may be grad or weights; the sums of ``grad * weights``."""
+    """Write the scores' gradient to ``out``; the sums of ``grad * weights``."""
     wide = torch.float64 if weights.dtype == torch.float64 else torch.float32
     four = [_four(t) for t in (grad, weights, out)]
     if all(has_even_rows(t) for t in four) and grad.numel():

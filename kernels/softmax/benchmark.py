@@ -4,14 +4,13 @@ The peers are ``torch.softmax``, and what models write for a sink: a masked fill
 taken off.
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lightbulb.kernels.softmax import softmax
-from lightbulb.kernels.timing import Run, memory_bound
+from lightbulb.kernels.timing import Run, arguments, memory_bound
 
 Function = Callable[..., Tensor]
 
@@ -24,11 +23,7 @@ def eager(scores: Tensor, mask: Tensor, sink: Tensor) -> Tensor:
 
 def main() -> None:
     """Measure, print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = arguments(__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (4, 32, 2048, 2048) if device == "cuda" else (2, 8, 512, 512)
     mask = torch.ones(shape[2:], dtype=torch.bool, device=device).tril()

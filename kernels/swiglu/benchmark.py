@@ -1,6 +1,5 @@
 """SwiGLU against PyTorch's two elementwise operations: ``python -m lightbulb.kernels.swiglu.benchmark``."""
 
-import argparse
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightbulb.kernels.swiglu import swiglu
-from lightbulb.kernels.timing import Run, memory_bound
+from lightbulb.kernels.timing import Run, arguments, memory_bound
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -31,11 +30,7 @@ def functions(device: str) -> dict[str, Function]:
 
 def main() -> None:
     """Measure, print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = arguments(__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, width = (16384, 4096) if device == "cuda" else (2048, 512)
     steps: dict[str, tuple[dict[str, Run], int]] = {}

@@ -4,7 +4,6 @@
 a GPU it is measured instead (benchmark_gpu.py); hide it (``CUDA_VISIBLE_DEVICES=``) to measure the CPU.
 """
 
-import argparse
 import ctypes
 import statistics
 from pathlib import Path
@@ -17,7 +16,7 @@ from lightbulb.kernels.native import ABSENT, is_built
 from lightbulb.kernels.ternary_matmul import benchmark_gpu, made_ready, native, ternary_linear
 from lightbulb.kernels.ternary_matmul.packing import FORMATS, TernaryWeight, pack_codes
 from lightbulb.kernels.ternary_matmul.quantise import Quantisation
-from lightbulb.kernels.timing import Run, interleaved, ratio, report
+from lightbulb.kernels.timing import Run, arguments, interleaved, ratio, report
 
 BATCHES = (1, 4, 64)
 HOW = Quantisation(levels=127, factor=127.0, least=1e-5)
@@ -89,13 +88,11 @@ def reading(size: int) -> Run:
 
 def main() -> None:
     """Measure, print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--shape", type=int, nargs=2, default=(4096, 16384), metavar=("IN", "OUT"))
-    parser.add_argument("--ggml", type=Path, help="folder of libggml-cpu.so, or the file")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = arguments(
+        __doc__,
+        shape={"type": int, "nargs": 2, "default": (4096, 16384), "metavar": ("IN", "OUT")},
+        ggml={"type": Path, "help": "folder of libggml-cpu.so, or the file"},
+    )
     if torch.cuda.is_available():
         print("the CPU: skipped, there is a GPU; CUDA_VISIBLE_DEVICES= hides it")
         return benchmark_gpu.main()

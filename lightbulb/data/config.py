@@ -1,5 +1,6 @@
 """Which corpus a run reads and how."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,8 +49,8 @@ Mixture = Annotated[MixtureConfig, BeforeValidator(_from_file, json_schema_input
 """A mixture, or the path of a file that holds one (configs/mixes)."""
 
 
-class StageConfig(Config):
-    """A mixture that takes the place of the one before it."""
+class Stage(Config):
+    """A part of a run that has settings of its own, up to the next one."""
 
     start: (
         Literal["decay"]
@@ -58,13 +59,51 @@ class StageConfig(Config):
     )
     """After so many steps, after this fraction of the steps, or where the learning rate begins to decay."""
 
-    mixture: Mixture
-
     def first_step(self, steps: int, decay_start: int) -> int:
         """Steps before it, of a run with so many steps."""
         if self.start == "decay":
             return decay_start
         return self.start if isinstance(self.start, int) else round(self.start * steps)
+
+
+class PartConfig(Config):
+    """A random part of a corpus's rows; those of different numbers have none in common."""
+
+    number: int = Field(ge=0)
+    """Which part."""
+    of: int = Field(ge=1)
+    """How many there are, of equal size."""
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> "PartConfig":
+        if self.number >= self.of:
+            raise ValueError(f"number {self.number}: there are {self.of} parts, counted from 0")
+        return self
+
+
+class StageConfig(Stage):
+    """A mixture that takes the place of the one before it."""
+
+    mixture: Mixture
+
+
+def first_steps(stages: Sequence[Stage], name: str, steps: int, decay_start: int) -> list[int]:
+    """Steps before each stage of a setting.
+
+    Raises:
+        ValueError: a stage does not begin after the one before it, or the run.
+    """
+    found: list[int] = []
+    for number, stage in enumerate(stages):
+        first, last = stage.first_step(steps, decay_start), found[-1] if found else 0
+        if first <= last:
+            before = "the run" if number == 0 else f"stages.{number - 1}"
+            raise ValueError(
+                f"{name}.{number}: start {stage.start} is after {first} steps, {before} begins after {last}; list the "
+                "stages in their order, each with steps of its own"
+            )
+        found.append(first)
+    return found
 
 
 class DataConfig(Config):
@@ -85,6 +124,15 @@ class DataConfig(Config):
     stages: tuple[StageConfig, ...] = ()
     """Later mixtures. Without `mixture`, the first one draws in proportion to tokens."""
 
+    part: PartConfig | None = None
+    """Train on a random part of the corpus only, without a mixture."""
+
+    @model_validator(mode="after")
+    def _part_is_plain(self) -> "DataConfig":
+        if self.part is not None and (self.mixture is not None or self.stages):
+            raise ValueError("part: not together with mixture or stages; leave one of them out")
+        return self
+
     def mixtures(self, steps: int, decay_start: int) -> list[tuple[int, MixtureConfig]]:
         """Every mixture of a run with the number of steps before it; empty for a run without.
 
@@ -93,14 +141,6 @@ class DataConfig(Config):
         """
         if self.mixture is None and not self.stages:
             return []
-        found = [(0, self.mixture or MixtureConfig())]
-        for number, stage in enumerate(self.stages):
-            first = stage.first_step(steps, decay_start)
-            if first <= found[-1][0]:
-                before = "the run" if number == 0 else f"stages.{number - 1}"
-                raise ValueError(
-                    f"data.stages.{number}: start {stage.start} is after {first} steps, {before} begins after "
-                    f"{found[-1][0]}; list the stages in their order, each with steps of its own"
-                )
-            found.append((first, stage.mixture))
-        return found
+        starts = first_steps(self.stages, "data.stages", steps, decay_start)
+        later = [(start, stage.mixture) for start, stage in zip(starts, self.stages, strict=True)]
+        return [(0, self.mixture or MixtureConfig()), *later]

@@ -23,6 +23,7 @@ GROUP = r"^[a-z0-9][a-z0-9_-]{0,63}(/cluster-[0-9]{2,4})?$"
 class _Domain(BaseModel):
     rows: StrictInt
     tokens: StrictInt
+    counted_tokens: StrictInt | None = None
     index_sha256: str
 
 
@@ -94,6 +95,15 @@ def context_length_of(path: Path) -> int:
         DataError: no corpus in the folder, or a damaged manifest.
     """
     return _read_manifest(path).context_length
+
+
+def holds_conversations(path: Path) -> bool:
+    """Whether a corpus says which tokens count towards the loss; not if it cannot be read, which its user will find."""
+    try:
+        manifest = _read_manifest(path)
+    except DataError:
+        return False
+    return any(group.counted_tokens is not None for groups in manifest.splits.values() for group in groups.values())
 
 
 def _read_manifest(path: Path) -> _Manifest:

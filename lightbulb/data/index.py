@@ -18,8 +18,10 @@ from lightbulb.data.config import DataError
 
 MAX_INDEX_BYTES = 1 << 28
 MAX_MESSAGE = 500
-COLUMNS = ("document_ids", "tokens")
-ENCODING = re.compile(r"ndarray:(uint16|uint32):(\d{1,9})")
+COLUMNS = {"document_ids": ("uint16", "uint32"), "loss_mask": ("uint8",), "tokens": ("uint16", "uint32")}
+"""Each column's dtypes, in the order of their names, as MDS lays them out. Without ``loss_mask`` every token counts."""
+OPTIONAL = "loss_mask"
+ENCODING = re.compile(r"ndarray:(uint8|uint16|uint32):(\d{1,9})")
 
 Count = Annotated[StrictInt, Field(ge=0, lt=1 << 32)]
 
@@ -33,7 +35,7 @@ class ShardFile(Config):
 
 
 class ShardEntry(Config):
-    """One shard: uncompressed MDS with LightBulb's two columns."""
+    """One shard: uncompressed MDS with LightBulb's two or three columns."""
 
     version: Literal[2]
     format: Literal["mds"]
@@ -49,11 +51,16 @@ class ShardEntry(Config):
 
     @model_validator(mode="after")
     def _columns_and_sizes_add_up(self) -> "ShardEntry":
-        if tuple(self.column_names) != COLUMNS:
-            raise ValueError(f"columns are {self.column_names}, expected {list(COLUMNS)}; write it with preprocess")
+        needed = [name for name in COLUMNS if name != OPTIONAL]
+        if self.column_names not in (needed, list(COLUMNS)):
+            raise ValueError(
+                f"columns are {self.column_names}, expected {needed}, with {OPTIONAL!r} between them or without; "
+                "write it with preprocess"
+            )
         encodings = [ENCODING.fullmatch(encoding) for encoding in self.column_encodings]
-        sizes = [int(e[2]) * (2 if e[1] == "uint16" else 4) for e in encodings if e]
-        if len(sizes) != len(COLUMNS) or sizes != self.column_sizes:
+        known = [e for name, e in zip(self.column_names, encodings, strict=False) if e and e[1] in COLUMNS[name]]
+        sizes = [int(e[2]) * np.dtype(e[1]).itemsize for e in known]
+        if len(encodings) != len(known) or len({e[2] for e in known}) != 1 or sizes != self.column_sizes:
             raise ValueError(f"column encodings {self.column_encodings} do not match column sizes {self.column_sizes}")
         # A count, one offset per row and one more, then the column description and the rows.
         least = 4 * (self.samples + 2) + self.samples * sum(sizes)
@@ -66,7 +73,7 @@ class ShardEntry(Config):
     @property
     def row(self) -> np.dtype:
         """A row as it lies in the file: one column behind the other."""
-        columns = [(name, ENCODING.fullmatch(code)) for name, code in zip(COLUMNS, self.column_encodings, strict=True)]
+        columns = zip(self.column_names, map(ENCODING.fullmatch, self.column_encodings), strict=True)
         return np.dtype([(name, match[1], int(match[2])) for name, match in columns if match is not None])
 
     @property

@@ -1,7 +1,7 @@
 """Rows to batches, in an order that does not know how many processes read it.
 
-Step s takes the next ``global_batch_size`` samples of the run's endless sequence (:mod:`lightbulb.data.sequence`; a
-step may end one epoch and begin the next), and each data-parallel rank reads its own contiguous part of them. What has
+A step takes the next samples of the run's endless sequence (:mod:`lightbulb.data.sequence`; it may end one epoch and
+begin the next), and each data-parallel rank reads its own contiguous part of them. What has
 to be remembered is how many were taken, with a mixture also how many of each group, and a run resumed on another number
 of ranks goes on with the very next row. The batches of the next step are read in a thread while this one is computed.
 """
@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightbulb.data.batches import BatchSizes, batch_sizes
 from lightbulb.data.config import DataConfig, DataError, MixtureConfig
 from lightbulb.data.corpus import Corpus
 from lightbulb.data.mixture import domain_of, resolve
 from lightbulb.data.sequence import Draw, SampleSequence
+from lightbulb.data.shards import IGNORED_LABEL, PADDING_DOCUMENT
+from lightbulb.data.soft_targets import DistilConfig, SoftTargetFolder
+from lightbulb.nn.soft_targets import SoftTargets
 
-IGNORED_LABEL = -100
 PADDING_SAMPLE = -1
-PADDING_DOCUMENT = 0  # as data_prep/tokenise.py writes it
 
 
 class Batch(NamedTuple):
@@ -29,12 +31,13 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: inputs.
-        labels: the token after each input; ``IGNORED_LABEL`` where there is none.
+        labels: the token after each input; ``IGNORED_LABEL`` where there is none, or it does not count.
         document_ids: number of each input's document within its row, or None without ``document_mask``.
         sample_ids: place of each row in the endless sequence of epochs (held out: its number), whichever rank reads
             it; ``PADDING_SAMPLE`` where a batch has no row.
         groups: number of each row's group; ``PADDING_SAMPLE`` where a batch has no row.
         group_places: with a mixture, the place of each row in the sequence of its group.
+        targets: distributions to learn from besides the labels, if the run has some.
     """
 
     tokens: Tensor
@@ -43,6 +46,7 @@ class Batch(NamedTuple):
     sample_ids: Tensor
     groups: Tensor
     group_places: Tensor | None = None
+    targets: SoftTargets | None = None
 
 
 class _Step(NamedTuple):
@@ -60,15 +64,17 @@ class TrainLoader:
         context_length: tokens per row less one.
         vocab_size: of the model.
         seed: draws the order of each epoch.
-        global_batch_size: rows per step over all ranks.
+        global_batch_size: rows per step over all ranks; one size, or one for every step.
         micro_batch_size: rows per :class:`Batch`.
         data_rank: this process among the data-parallel ones.
         data_size: how many data-parallel processes there are.
         mixtures: each mixture of the run with the number of steps before it (``DataConfig.mixtures``); none for a
             run without.
+        distil: soft targets of the rows.
 
     Attributes:
         samples_consumed: samples taken by all ranks.
+        batch_sizes: rows of every step over all ranks.
 
     Raises:
         DataError: the batch sizes do not divide, the corpus is damaged or holds less than one batch, or a mixture
@@ -81,30 +87,35 @@ class TrainLoader:
         context_length: int,
         vocab_size: int,
         seed: int,
-        global_batch_size: int,
+        global_batch_size: int | BatchSizes,
         micro_batch_size: int,
         data_rank: int = 0,
         data_size: int = 1,
         mixtures: Sequence[tuple[int, MixtureConfig]] = (),
+        distil: DistilConfig | None = None,
     ):
-        if global_batch_size % (micro_batch_size * data_size):
-            raise DataError(
-                f"global_batch_size: {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
-                f"{data_size} data-parallel ranks; set it to a multiple of {micro_batch_size * data_size}"
-            )
+        self.batch_sizes = batch_sizes(global_batch_size)
         self.corpus = Corpus(data.path.expanduser(), "train", context_length, vocab_size)
-        if len(self.corpus) < global_batch_size:
-            raise _too_few(self.corpus, f"global_batch_size={global_batch_size} rows are")
+        parts = data.part.of if data.part else 1
+        for size in self.batch_sizes.distinct:
+            if size % (micro_batch_size * data_size):
+                raise DataError(
+                    f"global_batch_size: {size} is not a multiple of micro_batch_size {micro_batch_size} x "
+                    f"{data_size} data-parallel ranks; set it to a multiple of {micro_batch_size * data_size}"
+                )
+            if len(self.corpus) < size * parts:
+                where = f" in each of {parts} parts" if parts > 1 else ""
+                raise _too_few(self.corpus, f"global_batch_size={size} rows{where} are")
         self.data = data
+        self._targets = SoftTargetFolder(distil, self.corpus) if distil else None
         self.seed = seed
-        self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.samples_consumed = 0
         groups = self.corpus.groups
-        stages = [(step * global_batch_size, resolve(mixture, groups)) for step, mixture in mixtures]
-        self.sequence = SampleSequence(groups, seed, data.shuffle, stages)
-        self._part = global_batch_size // data_size
-        self._offset = data_rank * self._part
+        stages = [(self.batch_sizes.samples(step), resolve(mixture, groups)) for step, mixture in mixtures]
+        part = None if data.part is None else (data.part.number, data.part.of)
+        self.sequence = SampleSequence(groups, seed, data.shuffle, stages, part)
+        self._data_rank, self._data_size = data_rank, data_size
         self._drawn = (0, np.zeros(len(groups), dtype=np.int64))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches of the next step")
         self._ahead: tuple[int, Future[_Step]] | None = None
@@ -112,7 +123,7 @@ class TrainLoader:
     @property
     def epoch(self) -> float:
         """How many times the corpus has been read."""
-        return self.samples_consumed / len(self.corpus)
+        return self.samples_consumed / int(self.sequence.sizes.sum())
 
     @property
     def drawn(self) -> np.ndarray:
@@ -126,7 +137,8 @@ class TrainLoader:
     @property
     def group_epochs(self) -> dict[str, float]:
         """How many times each group has been read."""
-        return dict(zip(self.sequence.names, (self.drawn / self.sequence.sizes).tolist(), strict=True))
+        sizes = np.maximum(self.sequence.sizes, 1)  # a part may have no row of a small group
+        return dict(zip(self.sequence.names, (self.drawn / sizes).tolist(), strict=True))
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch.
@@ -140,7 +152,7 @@ class TrainLoader:
             self._read_ahead(first, self.drawn)
         assert self._ahead is not None
         batches, drawn = self._ahead[1].result()
-        self.samples_consumed += self.global_batch_size
+        self.samples_consumed += self._size_at(first)
         self._drawn = self.samples_consumed, drawn
         self._read_ahead(self.samples_consumed, drawn)
         return batches
@@ -159,7 +171,7 @@ class TrainLoader:
         Raises:
             OutOfRows: they do not.
         """
-        self.sequence.check_enough(self.samples_consumed, steps * self.global_batch_size, self.drawn)
+        self.sequence.check_enough(self.samples_consumed, self.batch_sizes.samples(steps), self.drawn)
 
     def close(self) -> None:
         """Read nothing more ahead."""
@@ -204,7 +216,8 @@ class TrainLoader:
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides which row stands at which place."""
-        return {
+        part = {"part": self.data.part.model_dump()} if self.data.part else {}
+        return part | {
             "seed": self.seed,
             "shuffle": self.data.shuffle,
             "rows": len(self.corpus),
@@ -212,17 +225,24 @@ class TrainLoader:
             "corpus_digest": self.corpus.digest,
         }
 
+    def _size_at(self, sample: int) -> int:
+        """Rows of the step that begins with a sample, over all ranks."""
+        return self.batch_sizes.of_step(self.batch_sizes.step_at(sample))
+
     def _read_ahead(self, first: int, drawn: np.ndarray) -> None:
         self._ahead = first, self._reader.submit(self._read, first, drawn)
 
     def _read(self, first: int, drawn: np.ndarray) -> _Step:
         """The step that begins with a sample; changes nothing but what is cached."""
-        draw = self.sequence.draw(first, self.global_batch_size, drawn)
+        draw = self.sequence.draw(first, self._size_at(first), drawn)
         size, mask = self.micro_batch_size, self.data.document_mask
-        starts = range(self._offset, self._offset + self._part, size)
-        batches = [
-            _batch(self.corpus, draw.part(i, i + size), np.arange(i, i + size) + first, size, mask) for i in starts
-        ]
+        share = self._size_at(first) // self._data_size
+        starts = range(self._data_rank * share, (self._data_rank + 1) * share, size)
+        parts = [(draw.part(i, i + size), np.arange(i, i + size) + first) for i in starts]
+        batches = [_batch(self.corpus, part, numbers, size, mask) for part, numbers in parts]
+        if self._targets is not None:
+            soft = [self._targets.batch(part.rows, size) for part, _ in parts]
+            batches = [batch._replace(targets=found) for batch, found in zip(batches, soft, strict=True)]
         return _Step(batches, drawn + np.bincount(draw.groups, minlength=len(drawn)))
 
 
@@ -312,9 +332,10 @@ def _batch(corpus: Corpus, draw: Draw, sample_ids: np.ndarray, size: int, docume
     length = corpus.context_length + 1
     tokens = np.zeros((size, length), dtype=np.int64)
     documents = np.full((size, length), PADDING_DOCUMENT, dtype=np.int64)
-    for i, row in enumerate(draw.rows):
-        tokens[i], documents[i] = corpus[int(row)]
-    labels = np.where(documents[:, 1:] == PADDING_DOCUMENT, IGNORED_LABEL, tokens[:, 1:])
+    labels = np.full((size, corpus.context_length), IGNORED_LABEL, dtype=np.int64)
+    for i, number in enumerate(draw.rows):
+        row = corpus[int(number)]
+        tokens[i], documents[i], labels[i] = row.tokens, row.document_ids, row.labels()
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()),
         torch.from_numpy(labels),

@@ -44,13 +44,19 @@ class SampleSequence:
         seed: draws the order of each epoch, and the group of each sample.
         shuffle: whether epochs are shuffled.
         stages: first sample and mixture of each stage, the first from sample 0; none for a run without mixtures.
+        part: number of the random part that is read and how many there are, without mixtures; None for all rows.
 
     Attributes:
         plain_samples: samples that were drawn before the run had a mixture.
     """
 
     def __init__(
-        self, groups: Mapping[str, Group], seed: int, shuffle: bool, stages: Sequence[tuple[int, Mixture]] = ()
+        self,
+        groups: Mapping[str, Group],
+        seed: int,
+        shuffle: bool,
+        stages: Sequence[tuple[int, Mixture]] = (),
+        part: tuple[int, int] | None = None,
     ):
         self.names = list(groups)
         self.sizes = np.array([group.rows for group in groups.values()], dtype=np.int64)
@@ -59,6 +65,10 @@ class SampleSequence:
         self.stages = list(stages)
         self.plain_samples = 0
         self._first_rows = np.cumsum(self.sizes) - self.sizes
+        self._rows: np.ndarray | None = None
+        if part is not None:
+            self._rows = rows_of_part(int(self.sizes.sum()), *part)
+            self.sizes = np.bincount(self.groups_of(self._rows), minlength=len(self.names))
         self._num_rows = int(self.sizes.sum())
         self._orders: dict[int, np.ndarray] = {}
         self._group_orders: dict[tuple[int, int], np.ndarray] = {}
@@ -136,6 +146,8 @@ class SampleSequence:
             order = np.arange(self._num_rows)
             if self.shuffle:
                 order = np.random.default_rng([self.seed, epoch]).permutation(order)
+            if self._rows is not None:
+                order = self._rows[order]
             self._orders = {e: kept for e, kept in self._orders.items() if e == epoch - 1} | {epoch: order}
         return order
 
@@ -156,6 +168,11 @@ class SampleSequence:
         if not self.shuffle:
             return rows
         return np.random.default_rng([self.seed, epoch, zlib.crc32(self.names[group].encode())]).permutation(rows)
+
+
+def rows_of_part(rows: int, number: int, parts: int) -> np.ndarray:
+    """The rows of a random part of a corpus, rising; the same whatever the run's seed."""
+    return np.sort(np.random.default_rng([rows, parts]).permutation(rows)[number::parts])
 
 
 def _by_epoch(places: np.ndarray, size: int, order_of: Callable[[int], np.ndarray]) -> np.ndarray:

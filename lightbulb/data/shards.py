@@ -26,13 +26,24 @@ HASHERS: dict[str, Callable[[], Any]] = {
     "xxh64": xxhash.xxh64,
 }
 READ_BYTES = 1 << 20
+IGNORED_LABEL = -100
+PADDING_DOCUMENT = 0  # as data_prep/pack.py has it
 
 
 class Row(NamedTuple):
-    """``[context_length + 1]`` int64 token ids, and the number of each token's document in the row (0: padding)."""
+    """``[context_length + 1]`` int64 token ids, the number of each token's document in the row (0: padding), and
+    whether each counts towards the loss (None: all do)."""
 
     tokens: np.ndarray
     document_ids: np.ndarray
+    loss_mask: np.ndarray | None = None
+
+    def labels(self) -> np.ndarray:
+        """``[context_length]``: what each token but the last is to predict; ``IGNORED_LABEL`` where nothing."""
+        counts = self.document_ids[1:] != PADDING_DOCUMENT
+        if self.loss_mask is not None:
+            counts = counts & self.loss_mask[1:]
+        return np.where(counts, self.tokens[1:], IGNORED_LABEL)
 
 
 class Shards:
@@ -89,7 +100,8 @@ class Shards:
                 f"{self._path(shard)}: sample {sample} holds token {tokens.max()}, the vocabulary has "
                 f"{self.vocab_size}; use the vocabulary size of the corpus's tokenizer.json"
             )
-        return Row(tokens, columns["document_ids"].astype(np.int64))
+        mask = columns["loss_mask"] != 0 if "loss_mask" in (self._dtypes[shard].names or ()) else None
+        return Row(tokens, columns["document_ids"].astype(np.int64), mask)
 
     def verify(self) -> None:
         """Check the hash of every shard now.

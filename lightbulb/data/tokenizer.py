@@ -175,8 +175,9 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes the ids stand for; special tokens stand for none."""
-        return b"".join([self._bytes_of[i] for i in ids])
+        """The exact bytes the ids stand for; special tokens stand for none, and so do ids that are no token's, which a
+        model has when its vocab_size is rounded up."""
+        return b"".join([self._bytes_of[i] for i in ids if i < len(self._bytes_of)])
 
     def token_bytes(self) -> np.ndarray:
         """``[vocab_size]`` int64: how many bytes of text each id stands for (0 for special tokens)."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightbulb.data.loader import PADDING_DOCUMENT, HeldOut
+from lightbulb.data.loader import IGNORED_LABEL, HeldOut
 from lightbulb.data.tokenizer import Tokenizer
 
 
@@ -21,9 +21,8 @@ def context_bytes(held_out: HeldOut, tokenizer: Tokenizer) -> list[bytes]:
     """The bytes of the labels of every evaluated row, over all ranks; laid end to end they are the held-out text."""
     contexts = []
     for number in held_out.rows:
-        row = held_out.corpus[int(number)]
-        labels = row.tokens[1:][row.document_ids[1:] != PADDING_DOCUMENT]
-        contexts.append(tokenizer.decode_bytes(labels.tolist()))
+        labels = held_out.corpus[int(number)].labels()
+        contexts.append(tokenizer.decode_bytes(labels[labels != IGNORED_LABEL].tolist()))
     return contexts
 
 

@@ -6,7 +6,8 @@ probabilities, not of logits, whose weights depend on what is before ``x_t`` and
 - ``tfidf``: ``w_j ~ exp(-|h(x_<t) - c_j|^2 / T)``, the corpus's own embedding of the context against the clusters'
   centres. It is computed anew every so many tokens, until the context has as many as ``prefix`` says; before the first
   time all branches count alike.
-- ``likelihood``: the posterior probability that branch j wrote the context, ``w_j ~ prior_j (prod_{s<t} p_j(x_s))^{1/T}``.
+- ``likelihood``: the posterior probability that branch j wrote the context,
+  ``w_j ~ prior_j (prod_{s<t} p_j(x_s))^{1/T}``.
 - ``uniform``: all alike.
 
 With ``top_k`` all but the largest weights are zero and the rest is divided by its sum. The probability of a token needs
@@ -30,7 +31,7 @@ from lightbulb.data.loader import IGNORED_LABEL, Batch
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.cluster import Clusters
 from lightbulb.data_prep.embed import Embedder, load_embedder
-from lightbulb.evaluation.held_out import HeldOutText, Scores, cluster_of, score
+from lightbulb.evaluation.held_out import HeldOutText, Scores, cluster_of, score, stored_losses
 from lightbulb.models.language import LanguageConfig
 from lightbulb.nn.documents import run_starts
 
@@ -128,7 +129,11 @@ class Ensemble:
     """
 
     def __init__(
-        self, config: EnsembleConfig, branches: int, centres: Centres | None = None, prior: Sequence[float] | None = None
+        self,
+        config: EnsembleConfig,
+        branches: int,
+        centres: Centres | None = None,
+        prior: Sequence[float] | None = None,
     ):
         if config.weights == "tfidf" and centres is None:
             raise ValueError("weights tfidf needs the centres of the branches' clusters")
@@ -150,10 +155,6 @@ class Ensemble:
         starts = self._starts(batch)
         found = self._posterior(losses, starts) if self.centres is None else self._by_distance(batch, starts)
         return largest(found, self.config.top_k)
-
-    def mix(self, batch: Batch, losses: Tensor) -> Tensor:
-        """Nats of the labels under the ensemble, ``[batch, length]`` float64; arguments as :meth:`log_weights`."""
-        return mixture(losses, self.log_weights(batch, losses))
 
     def flops(self, each: Sequence[float]) -> float:
         """FLOPs of one predicted token, from those of each branch's forward pass: ``likelihood`` asks all branches;
@@ -224,25 +225,22 @@ def score_ensemble(ensemble: Ensemble, text: HeldOutText, losses: Sequence[Tenso
     Args:
         ensemble: the weights.
         text: that the branches have read.
-        losses: of each branch, ``[contexts, length]`` as :func:`~lightbulb.evaluation.held_out.token_losses` gives them.
+        losses: of each branch, ``[contexts, length]``, as :func:`token_losses` of held_out.py gives them.
     """
+    # By group: weight of each branch, exponential of the weights' entropy, tokens.
     sums = torch.zeros(len(text.groups), ensemble.branches + 2, dtype=torch.float64)
 
-    def batches() -> Iterator[tuple[Batch, Tensor]]:
-        first = 0
-        for batch in text:
-            here = torch.stack([part[first : first + len(batch.tokens)] for part in losses])
-            first += len(batch.tokens)
-            rows = here.shape[1]  # the last batch may be longer than what is left of the text
-            batch = Batch(*(None if part is None else part[:rows] for part in batch))
+    def mixed() -> Iterator[tuple[Batch, Tensor]]:
+        for batch, here in stored_losses(text, losses):
             log_weights = ensemble.log_weights(batch, here)
-            counted = batch.labels != IGNORED_LABEL
-            entropy = -torch.special.xlogy(log_weights.exp(), log_weights.exp()).sum(0)
-            facts = torch.cat([log_weights.exp(), entropy.exp()[None], torch.ones_like(entropy)[None]])
-            sums.index_add_(0, batch.groups, (facts * counted).sum(-1).t())
+            weights = log_weights.exp()
+            entropy = -torch.special.xlogy(weights, weights).sum(0, keepdim=True)
+            counted = (batch.labels != IGNORED_LABEL).double()
+            facts = torch.cat([weights, entropy.exp(), torch.ones_like(entropy)]) * counted
+            sums.index_add_(0, batch.groups, facts.sum(-1).t())
             yield batch, mixture(here, log_weights)
 
-    scores = score(text, batches())
+    scores = score(text, mixed())
     seen = {name: row for name, row in zip(text.groups, sums, strict=True) if row[-1]}
     return EnsembleScores(
         scores=scores,

@@ -5,7 +5,7 @@ per byte divides the summed bits by the bytes of the predicted tokens' text.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from lightbulb.data.mixture import domain_of
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.models.language import LanguageConfig, LanguageModel
 
-Progress = Callable[[int], None]
-"""Called with the contexts that are done since the last call."""
+Progress = Callable[[int, int], None]
+"""Called with how many contexts a model has read, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -117,20 +117,39 @@ class HeldOutText:
 def batch_losses(
     model: LanguageModel, text: HeldOutText, progress: Progress | None = None
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Every batch of the text with the model's nats of its labels, ``[batch, length]`` float32 on the CPU; 0 where there
-    is no label."""
+    """Every batch of the text with the model's nats of its labels, ``[batch, length]`` float32 on the CPU; 0 where
+    there is no label."""
     device = next(model.parameters()).device
+    done = 0
     for batch in text:
         assert batch.document_ids is not None
         documents = batch.document_ids.to(device) if text.document_mask else None
         yield batch, model(batch.tokens.to(device), batch.labels.to(device), documents).float().cpu()
+        done += int((batch.sample_ids != PADDING_SAMPLE).sum())
         if progress is not None:
-            progress(int((batch.sample_ids != PADDING_SAMPLE).sum()))
+            progress(done, len(text))
 
 
 def token_losses(model: LanguageModel, text: HeldOutText, progress: Progress | None = None) -> Tensor:
     """Nats of every label of the text, ``[contexts, length]`` float32 on the CPU."""
     return torch.cat([losses for _, losses in batch_losses(model, text, progress)])[: len(text)]
+
+
+def stored_losses(text: HeldOutText, losses: Sequence[Tensor]) -> Iterator[tuple[Batch, Tensor]]:
+    """Every batch of the text again, with what several models made of it, ``[models, batch, length]``; a last batch
+    that the text does not fill is cut.
+
+    Args:
+        text: that the models have read.
+        losses: of each model, as :func:`token_losses` gives them.
+    """
+    first = 0
+    for batch in text:
+        here = torch.stack([part[first : first + len(batch.tokens)] for part in losses])
+        first += len(batch.tokens)
+        rows = slice(here.shape[1])
+        changes = {name: part[rows] for name, part in batch._asdict().items() if part is not None}
+        yield batch._replace(**changes), here
 
 
 def score(text: HeldOutText, found: Iterable[tuple[Batch, Tensor]]) -> Scores:
@@ -147,13 +166,13 @@ def score(text: HeldOutText, found: Iterable[tuple[Batch, Tensor]]) -> Scores:
     by_group = sums.numpy()
     domains = _summed(text.groups, by_group, domain_of)
     clusters = _summed(text.groups, by_group, cluster_of)
-    nats, tokens, size = by_group.sum(0)
+    nats, tokens, size = by_group.sum(0).tolist()
     return Scores(
         loss=nats / max(tokens, 1),
         bpb=_bits_per_byte(by_group.sum(0)),
         tokens=int(tokens),
         bytes=int(size),
-        domain_loss={name: part[0] / part[1] for name, part in domains.items()},
+        domain_loss={name: float(part[0] / part[1]) for name, part in domains.items()},
         domain_bpb={name: _bits_per_byte(part) for name, part in domains.items()},
         cluster_bpb={name: _bits_per_byte(part) for name, part in clusters.items()},
     )
@@ -164,9 +183,7 @@ def cluster_of(group: str) -> str | None:
     return group.partition("/")[2] or None
 
 
-def _summed(
-    groups: list[str], sums: np.ndarray, name_of: Callable[[str], str | None]
-) -> dict[str, np.ndarray]:
+def _summed(groups: list[str], sums: np.ndarray, name_of: Callable[[str], str | None]) -> dict[str, np.ndarray]:
     """Rows of ``sums`` added up by a name of their group, those without a name or without a token left out."""
     found: dict[str, np.ndarray] = {}
     for group, row in zip(groups, sums, strict=True):

@@ -152,6 +152,7 @@ def trial_of(config: RunConfig, steps: int, variant: str = "") -> Trial:
         with_documents=config.data.document_mask,
         precision=getattr(config, "proof_precision", "fp32"),
         variant=variant,
+        trainable=config.train.trainable,
     )
 
 

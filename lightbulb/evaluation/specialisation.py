@@ -19,6 +19,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lightbulb.data.loader import IGNORED_LABEL, Batch
@@ -190,7 +191,7 @@ def _draw_layer(axis: Axes, name: str, layer: dict[str, Any], kind: str, norm: T
     values, names = _relative(layer, kind), list(layer[kind]["share"])
     axis.imshow(values, cmap="RdBu_r", norm=norm, aspect="auto")
     axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("expert", fontsize=8)
     part = layer[kind]["specialisation"]
     told = "" if part is None else f" · {layer[kind]['information_bits']:.2f} bits, {part:.0%} of the most"

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightbulb.models.language import LanguageConfig, LanguageModel
+from lightbulb.models.scaling import LR_SCALE
+from lightbulb.models.trainable import Trainable, freeze, trained_names
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import initialise, logical_of, set_values, values_of
@@ -47,6 +49,7 @@ class Trial:
         micro_batch_size: contexts per forward pass of one rank.
         precision: of weights and activations; the reference computes in float32, or in float64 if this is fp64.
         variant: which of a proof's models this is; empty when there is one.
+        trainable: which parameters are trained, in the reference too.
     """
 
     model: LanguageConfig
@@ -59,6 +62,7 @@ class Trial:
     micro_batch_size: int = 1
     precision: Precision = "fp32"
     variant: str = ""
+    trainable: Trainable = "all"
 
     def label(self) -> str:
         """Model, layout and micro-batch size."""
@@ -160,12 +164,14 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
     The ``rank`` is there because :meth:`RankPool.run` passes one; call with 0.
     """
     model = trial.model.build()
+    freeze(model, trained_names(trial.model, trial.trainable))
     initialise(model, trial.seed)
     if trial.precision == "fp64":
         model.double()
     parameters = dict(model.named_parameters())
     trained = {name: parameter.detach().float() for name, parameter in parameters.items() if parameter.requires_grad}
-    optimizer = _plain_adamw(trial.optimizer, list(trained.values()), trial.precision == "fp64")
+    rates = [(tensor, getattr(parameters[name], LR_SCALE, 1.0)) for name, tensor in trained.items()]
+    optimizer = _plain_adamw(trial.optimizer, rates, trial.precision == "fp64")
     results: list[StepResult] = []
     largest: dict[str, float] = {}
     clip_grad = trial.optimizer.clip_grad
@@ -194,7 +200,8 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
 def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) -> RankReport:
     """Train on a layout and compare everything this rank holds with the reference (a job of a rank pool)."""
     optimizer = trial.optimizer.model_copy(update={"clip_grad": reference.clip_grad})
-    engine = Engine(trial.model, trial.parallel, optimizer, trial.precision, trial.seed, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    engine = Engine(trial.model, trial.parallel, optimizer, trial.precision, trial.seed, cpu, trial.trainable)
     # Also the second copy of a tied table, which engine.named_parameters() leaves out.
     parameters = dict(engine.all_parameters())
     report = RankReport()
@@ -221,11 +228,13 @@ def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) ->
     return report
 
 
-def _plain_adamw(config: OptimizerConfig, parameters: list[Tensor], fused: bool) -> torch.optim.AdamW:
-    """Fused it rounds as the engine's does, step by step and operator by operator otherwise."""
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+def _plain_adamw(config: OptimizerConfig, rates: list[tuple[Tensor, float]], fused: bool) -> torch.optim.AdamW:
+    """Of parameters with factors of their learning rates. Fused it rounds as the engine's does, step by step and
+    operator by operator otherwise."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p], "lr": config.lr * rate, "weight_decay": config.weight_decay if p.dim() > 1 else 0.0}
+        for p, rate in rates
+    ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, config.lr, betas, config.eps, config.weight_decay, foreach=False, fused=fused)
 

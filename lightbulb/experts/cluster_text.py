@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lightbulb.config import ConfigError
+from lightbulb.data.config import DataConfig, MixtureConfig
 from lightbulb.data.corpus import Corpus
+from lightbulb.data.mixture import resolve
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.experts.upcycle_config import SourceConfig
 from lightbulb.models.language import LanguageConfig
@@ -15,39 +18,47 @@ _PADDING = 0
 
 
 def contexts_of(
-    source: SourceConfig, own: Path | None, tokenizer: Path, model: LanguageConfig, tokens: int
+    source: SourceConfig, own: DataConfig | None, tokenizer: Path, model: LanguageConfig, tokens: int
 ) -> list[list[int]]:
     """About so many tokens of a cluster, in contexts.
 
     Args:
-        source: names prompts or a corpus.
-        own: the corpus the source was trained on, if that is known.
+        source: names prompts, or a corpus and its clusters.
+        own: what the source was trained on, if that is known.
         tokenizer: of prompts.
         model: whose contexts they are.
         tokens: how many.
 
     Raises:
         ConfigError: there is neither prompt nor corpus, or the corpus's ids are of another tokenizer.
-        DataError: the corpus is not one, or not of this context length.
+        DataError: the corpus is not one, or not of this context length, or has no such cluster.
         TokenizerError: prompts, and no tokenizer to read them.
     """
     if source.prompts:
         ids = Tokenizer.load(tokenizer).encode_batch(source.prompts)
         return [part[: model.context_length] for part in ids if part]
-    path = source.text or own
+    path = source.text or (own.path if own else None)
     if path is None:
         raise ConfigError(f"{source.path}: learned routers need text of its domain; give it text (a corpus) or prompts")
     corpus = Corpus(path.expanduser(), "train", model.context_length, model.vocab_size)
     if tokenizer.is_file() and Tokenizer.load(tokenizer).digest != corpus.tokenizer_digest:
         raise ConfigError(f"{path}: written with another tokenizer than {tokenizer}; preprocess it with this one")
-    return _rows(corpus, model, tokens)
+    drawn = source.mixture or (own.mixture if own and not source.text else None) or MixtureConfig()
+    return _rows(corpus, drawn, model, tokens)
 
 
-def _rows(corpus: Corpus, model: LanguageConfig, tokens: int) -> list[list[int]]:
-    """Rows that are trained on, evenly spaced, of about so many tokens in all."""
-    count = min(len(corpus), -(-tokens // model.context_length))
-    rows = [corpus[number * len(corpus) // count] for number in range(count)]
-    return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents in rows]
+def _rows(corpus: Corpus, mixture: MixtureConfig, model: LanguageConfig, tokens: int) -> list[list[int]]:
+    """Rows that are trained on, of about so many tokens in all: of each group its share, evenly spaced."""
+    count = -(-tokens // model.context_length)
+    # the i-th of n rows is that of the group in whose part of [0, 1) the middle of the i-th n-th lies, and as far in it
+    middles, ends = (np.arange(count) + 0.5) / count, np.cumsum(resolve(mixture, corpus.groups).weights)
+    groups = np.searchsorted(ends / ends[-1], middles, side="right")
+    shards, begins = list(corpus.domains.values()), np.r_[0.0, ends / ends[-1]]
+    sizes = np.array([len(rows) for rows in shards])[groups]
+    places = np.minimum((middles - begins[groups]) / np.diff(begins)[groups] * sizes, sizes - 1).astype(int)
+    chosen = dict.fromkeys(zip(groups.tolist(), places.tolist(), strict=True))  # no row of a few twice
+    found = [shards[group][place] for group, place in chosen]
+    return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents, _ in found]
 
 
 def random_contexts(model: LanguageConfig, tokens: int, seed: int) -> list[list[int]]:

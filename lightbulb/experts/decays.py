@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightbulb.config import ConfigError, changed
+from lightbulb.data.config import Stage
 from lightbulb.experts.decay_table import Comparison, compare
 from lightbulb.experts.jobs import JobsConfig, run_jobs
 from lightbulb.train.config import RunConfig
@@ -98,24 +99,24 @@ def decay_config(point: ForkPoint, wanted: Decays, mix: str, folder: Path) -> Ru
         )
     total, warmup = done + length, warmup_end(config.schedule, config.train.steps) / (done + length)
     schedule: dict[str, Any] = {"warmup": warmup, "decay": min(length / total, 1 - warmup)}
-    stages = [*_stages_before(config, done), *([] if mix == SAME else [{"start": done, "mixture": mix}])]
+    stages = [*_begun(config.data.stages, config, done), *([] if mix == SAME else [{"start": done, "mixture": mix}])]
     changes = {
         "run": str(folder),
         "start_from": None,
         "schedule": schedule | ({"shape": wanted.shape} if wanted.shape else {}),
         "data": {"stages": stages},
-        "train": {"steps": total},
+        "train": {"steps": total, "batch_stages": _begun(config.train.batch_stages, config, done)},
     }
     return changed(config, changes, wanted.overrides, f"decay {folder.name}")
 
 
-def _stages_before(config: RunConfig, step: int) -> list[dict[str, Any]]:
-    """The mixtures that the run has changed to before a step."""
+def _begun(stages: Sequence[Stage], config: RunConfig, step: int) -> list[dict[str, Any]]:
+    """The stages of a run that have begun before a step, their starts as steps."""
     steps = config.train.steps
-    starts = [stage.first_step(steps, decay_start(config.schedule, steps)) for stage in config.data.stages]
+    starts = [stage.first_step(steps, decay_start(config.schedule, steps)) for stage in stages]
     return [
-        {"start": start, "mixture": stage.mixture.model_dump(mode="json")}
-        for start, stage in zip(starts, config.data.stages, strict=True)
+        stage.model_dump(mode="json") | {"start": start}
+        for start, stage in zip(starts, stages, strict=True)
         if start < step
     ]
 
@@ -127,6 +128,7 @@ def _detail(config: RunConfig, mix: str) -> dict[str, Any]:
         "steps": config.train.steps,
         "schedule": config.schedule.model_dump(mode="json"),
         "optimizer": config.optimizer.model_dump(mode="json"),
+        "batch_stages": config.train.model_dump(mode="json")["batch_stages"],
         "data": config.data.model_dump(mode="json"),
     }
 

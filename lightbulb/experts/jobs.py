@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lightbulb.config import Config, load_config
+from lightbulb.folder import FolderInUse, claim
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError
 from lightbulb.train.config import RunConfig
 from lightbulb.train.manifest import step_folder
@@ -31,6 +32,7 @@ from lightbulb.train.resume import check_resumable
 
 LOG = "output.log"
 POLL_SECONDS = 0.25
+LEAVING_SECONDS = 60.0
 LINE_SECONDS = 30.0
 """Between two lines about a run where the console is no terminal."""
 _LAST_LINES = 6
@@ -88,12 +90,26 @@ def run_jobs(configs: Sequence[Path], jobs: JobsConfig) -> None:
         for run in complete:
             waiting.remove(run)
             board.say(run, "complete already")
+        wait_until_free([run.folder for run in waiting], lambda: signals.received is not None)
         failed = _work(waiting, jobs, board, signals)
     if signals.received is not None:
         name = signal.Signals(signals.received).name
         raise JobsStopped(f"stopped by {name}; what was running has saved: the same command goes on from there")
     if failed:
         raise JobError("\n".join(run.epitaph() for run in failed))
+
+
+def wait_until_free(folders: Sequence[Path], is_stopped: Callable[[], bool], seconds: float = LEAVING_SECONDS) -> None:
+    """Wait for runs of an earlier start that was killed: they save before they end. No longer than so many seconds,
+    for what still holds its folder then is alive and well, and the run that wants it will say so."""
+    end = time.monotonic() + seconds
+    for folder in folders:
+        while folder.exists() and time.monotonic() < end and not is_stopped():
+            try:
+                with claim(folder):
+                    break
+            except FolderInUse:
+                time.sleep(POLL_SECONDS)
 
 
 def is_complete(config: Path) -> bool:

@@ -105,17 +105,21 @@ class Merge:
         return any(self._group(layer) > 1 for layer in self.attention_layers)
 
     def pieces(self) -> Iterator[Piece]:
-        """All pieces of the mixture's checkpoint."""
+        """All pieces of the mixture's weights and routers."""
+        yield from self.parameters()
+        yield from router_state(self.mixture, self.trunk, self.known)
+
+    def parameters(self) -> Iterator[Piece]:
+        """All pieces of the mixture's parameters."""
         for name, shape in shapes_of(self.mixture).items():
             yield from self._pieces_of(name, shape)
-        yield from router_state(self.mixture, self.trunk, self.known)
 
     def trunk(self, name: str) -> Tensor:
         """A tensor that is no expert's: the average of the sources', or the seed model's."""
         if self.seed_model is not None and self.config.trunk == "seed_model":
-            return self.seed_model.read(name).float()
+            return self.read(self.seed_model, name)
         weights = [source.tokens or 1 for source in self.config.sources]
-        parts = (source.read(name).double() * weight for weight, source in zip(weights, self.sources, strict=True))
+        parts = (self.read(source, name).double() * w for w, source in zip(weights, self.sources, strict=True))
         return (reduce(Tensor.add_, parts) / sum(weights)).float()
 
     def expert_model(self, name: str, source: int) -> Tensor:
@@ -124,7 +128,11 @@ class Merge:
         is_expert = (part == "channel" and layer in self.mixed_layers) or (
             part == "token" and layer in self.attention_layers and rest in ("query.weight", "output.weight")
         )
-        return self.sources[source].read(name).float() if is_expert else self.trunk(name)
+        return self.read(self.sources[source], name) if is_expert else self.trunk(name)
+
+    def read(self, source: Source, name: str) -> Tensor:
+        """A source's tensor."""
+        return source.read(name).float()
 
     def compare_with_seed(self) -> None:
         """Fill :attr:`deltas` from all tensors."""
@@ -170,17 +178,25 @@ class Merge:
         """One expert's part of a source's channel mixer."""
         config = self.config
         row, shard = divmod(expert, config.shards)
-        values = self.sources[config.source_of(row)].read(f"blocks.{layer}.channel.{matrix}").float()
+        values = self.read(self.sources[config.source_of(row)], f"blocks.{layer}.channel.{matrix}")
         is_output = matrix == _OUTPUT
         if config.shared_expert and is_output:
             return torch.zeros_like(values)
         if config.method == "drop":
-            return redrawn(values, config.drop_ratio, is_output, config.seed, layer, expert, matrix)
+            return self._with_new_units(values, is_output, layer, expert, matrix)
         if config.shards > 1:
             # Gates of the parts of one copy are equal and sum to 1 / shards each of what the copy's gate is.
             part = values.chunk(config.shards, dim=1 if is_output else 0)[shard]
-            return part * config.shards if is_output else part
+            return self._scaled(part, config.shards) if is_output else part
         return values
+
+    def _with_new_units(self, values: Tensor, is_output: bool, layer: int, expert: int, matrix: str) -> Tensor:
+        """A matrix of which some hidden units are not taken over."""
+        return redrawn(values, self.config.drop_ratio, is_output, self.config.seed, layer, expert, matrix)
+
+    def _scaled(self, values: Tensor, factor: int) -> Tensor:
+        """Weights that stand before a gate of 1 / ``factor``."""
+        return values * factor
 
     def _head(self, layer: int, rest: str, expert: int) -> Tensor:
         """One expert's query or output projection: of each key/value head one of the query heads that share it."""
@@ -188,10 +204,10 @@ class Merge:
         group, heads = group_size(attention), attention.kv_heads
         row, member = divmod(expert, group)
         source = self.sources[row * len(self.sources) // self.config.experts]
-        values = source.read(f"blocks.{layer}.token.{rest}").float()
+        values = self.read(source, f"blocks.{layer}.token.{rest}")
         if rest == "query.weight":
             return values.unflatten(0, (heads, group, -1))[:, member].flatten(0, 1)
-        return values.unflatten(1, (heads, group, -1))[:, :, member].flatten(1, 2) * group
+        return self._scaled(values.unflatten(1, (heads, group, -1))[:, :, member].flatten(1, 2), group)
 
     def _router(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Rows that were learned, or drawn; experts that are parts of one share its row."""

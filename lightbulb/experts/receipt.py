@@ -17,6 +17,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from lightbulb.experts.layers import LayeredModel
 from lightbulb.folder import write_atomically
 from lightbulb.routing.router import Router
 from lightbulb.train.manifest import CheckpointError, digest_of, read_json
@@ -166,6 +167,19 @@ def watching_routers(model: nn.Module) -> Iterator[dict[str, RouterRecord]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def watched_logits(model: LayeredModel, tokens: Tensor) -> tuple[Tensor, dict[str, RouterRecord]]:
+    """Logits ``[batch, length, vocab]``, and what the model's routers did."""
+    routers: dict[str, RouterRecord] = {}
+
+    @contextmanager
+    def around(stage: nn.Module) -> Iterator[None]:
+        with watching_routers(stage) as found:
+            yield
+        routers.update(found)
+
+    return model.logits(tokens, around), routers
 
 
 def write_receipt(folder: Path, receipt: Receipt) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightbulb.experts.layers import LayeredModel
 from lightbulb.experts.pieces import Merge, keyed
 from lightbulb.experts.upcycle_config import RouterStart
 from lightbulb.models.language import LanguageModel
-from lightbulb.nn.parameter import set_values
 from lightbulb.routing.router import RouterConfig
 
 TWIN_NOISE = 0.1
@@ -35,6 +35,8 @@ Texts = Sequence[list[list[int]]]
 def learned_routers(merge: Merge, texts: Texts) -> dict[str, Tensor]:
     """Rows ``[rows, dim]`` of every router of the mixture's own, by the router's name.
 
+    Memory is needed for two layers of a source and the inputs of all routers on ``tokens`` tokens of each cluster.
+
     Args:
         merge: the sources; with several of them, cluster i is the text of source i.
         texts: of each cluster.
@@ -42,28 +44,25 @@ def learned_routers(merge: Merge, texts: Texts) -> dict[str, Tensor]:
     start, config = merge.config.router_start, merge.config
     inputs: dict[str, list[Tensor]] = {}
     for cluster, contexts in enumerate(texts):
-        model = dense_model(merge, min(cluster, len(merge.sources) - 1))
-        by_embedding = start.kind == "embedding"
-        found = _embeddings(model, contexts) if by_embedding else _hidden_states(model, contexts)
+        if start.kind == "embedding":
+            found = dict.fromkeys(_routers(merge), _embeddings(merge, contexts))
+        else:
+            found = _inputs(merge, min(cluster, len(merge.sources) - 1), contexts)
         for name in _routers(merge):
-            values = found["" if by_embedding else name.removesuffix(".router")]
-            inputs.setdefault(name, []).append(values[: start.tokens])
+            inputs.setdefault(name, []).append(found[name][: start.tokens])
     return {
         name: _spread(_rows(parts, start, _top_k(merge, name)), config.rows, config.seed, name)
         for name, parts in inputs.items()
     }
 
 
-@torch.no_grad()
-def dense_model(merge: Merge, source: int) -> LanguageModel:
-    """The mixture in which every token goes to one source's experts, as a dense model in evaluation mode."""
-    model = merge.dense.build()
-    for name, parameter in model.named_parameters():
-        set_values(parameter, merge.expert_model(name, source))
-    for name, buffer in model.named_buffers():
-        if name in merge.known:  # biases of routers, which decide where tokens go
-            buffer.copy_(merge.trunk(name))
-    return model.eval().requires_grad_(False)
+def dense_model(merge: Merge, source: int, dtype: torch.dtype = torch.float32) -> LayeredModel:
+    """The mixture in which every token goes to one source's experts, as a dense model."""
+
+    def read(name: str) -> Tensor:
+        return merge.expert_model(name, source) if name in merge.shapes else merge.trunk(name)
+
+    return LayeredModel(merge.dense, read, merge.known, dtype)
 
 
 def _rows(parts: list[Tensor], start: RouterStart, top_k: int) -> Tensor:
@@ -151,38 +150,32 @@ def _top_k(merge: Merge, name: str) -> int:
     return attention.top_k if ".token." in name else config.router.top_k // config.shards
 
 
-def _embeddings(model: LanguageModel, contexts: list[list[int]]) -> dict[str, Tensor]:
-    """Embeddings of the size that norms give to inputs."""
-    x = torch.cat([model.embedding.weight[torch.tensor(ids)] for ids in contexts])
-    return {"": x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)}
+def _embeddings(merge: Merge, contexts: list[list[int]]) -> Tensor:
+    """Embeddings ``[tokens, dim]`` of the size that norms give to inputs."""
+    table = merge.trunk("embedding.weight")
+    x = torch.cat([table[torch.tensor(ids)] for ids in contexts])
+    return x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
-def _hidden_states(model: LanguageModel, contexts: list[list[int]]) -> dict[str, Tensor]:
-    """What goes into each mixer, ``[tokens, dim]``, by the mixer's name."""
-    with _inputs_of_mixers(model) as inputs:
-        for ids in contexts:
-            model(torch.tensor([ids]))
-    return {name: torch.cat(parts) for name, parts in inputs.items()}
-
-
-@contextmanager
-def _inputs_of_mixers(model: LanguageModel) -> Iterator[dict[str, list[Tensor]]]:
-    inputs: dict[str, list[Tensor]] = {}
+def _inputs(merge: Merge, source: int, contexts: list[list[int]]) -> dict[str, Tensor]:
+    """What goes into each mixer that gets a router, ``[tokens, dim]``, by the router's name."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in _routers(merge)}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            inputs.setdefault(name, []).append(arguments[0].flatten(0, 1).clone())
+            inputs[name].append(arguments[0].flatten(0, 1).clone())
 
         return hook
 
-    handles = []
-    for layer, block in model.blocks.items():
-        for part in ("token", "channel"):
-            mixer = getattr(block, part)
-            if mixer is not None:
-                handles.append(mixer.register_forward_pre_hook(keep(f"blocks.{layer}.{part}")))
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    @contextmanager
+    def around(stage: LanguageModel) -> Iterator[None]:
+        mixers = {f"{name}.router": mixer for name, mixer in stage.named_modules()}
+        handles = [mixer.register_forward_pre_hook(keep(name)) for name, mixer in mixers.items() if name in inputs]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    dense_model(merge, source).run_blocks([torch.tensor([ids]) for ids in contexts], around)
+    return {name: torch.cat(parts) for name, parts in inputs.items()}

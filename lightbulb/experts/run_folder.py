@@ -1,8 +1,8 @@
 """A run folder whose one checkpoint nobody trained: what an import or an upcycling writes.
 
-Values are written piece by piece as they are made, with memory for one. There are no moments and no place in any data:
-``start_from`` reads the model on any layout, and so does whatever reads a run; training in the folder itself begins
-with moments of zero and with the data's first sample.
+Values are written piece by piece as they are made, with memory for one. There is no place in any data, and mostly there
+are no moments: ``start_from`` reads the model on any layout, and so does whatever reads a run; training in the folder
+itself begins with the data's first sample, and with moments of zero where there are none.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +24,7 @@ from lightbulb.train.manifest import TrainState, entry, finish_checkpoint, step_
 from lightbulb.train.origin import Origin, write_origin
 from lightbulb.train.tensor_file import stream_tensors, sync_file
 
-MODEL = "model-rank0000.safetensors"
+MODEL, OPTIMIZER = "model-rank0000.safetensors", "optimizer-rank0000.safetensors"
 
 Shape = tuple[int, ...]
 
@@ -87,7 +87,13 @@ def untrained_config(run: Path, model: LanguageConfig, data: Path, name: str = "
 
 
 def write_run(
-    folder: Path, config: RunConfig, pieces: Iterable[Piece], tokenizer: str | None, origin: Origin | None = None
+    folder: Path,
+    config: RunConfig,
+    pieces: Iterable[Piece],
+    tokenizer: str | None,
+    origin: Origin | None = None,
+    moments: Iterable[Piece] = (),
+    updates: int = 0,
 ) -> Digests:
     """Write config, tokenizer and checkpoint into a folder.
 
@@ -97,6 +103,8 @@ def write_run(
         pieces: of all logical tensors, routers' loads and biases among them, in float32.
         tokenizer: content of its ``tokenizer.json``; None where there is none.
         origin: what it was made of; None for values from nowhere.
+        moments: pieces of both moments of all parameters, or nothing.
+        updates: that the moments have seen.
 
     Returns:
         A record of every piece.
@@ -105,29 +113,23 @@ def write_run(
         FolderError: the disk is full or the folder cannot be written.
         CheckpointError: the pieces are not all of their tensors.
     """
-    keyed = {piece.key: piece for piece in pieces}
-    digests: Digests = {}
-
-    def values() -> Iterator[Tensor]:
-        for key, piece in keyed.items():
-            tensor = piece.values()
-            digests[key] = digest(tensor, record=True)
-            yield tensor
-
     checkpoint = step_folder(folder, 0)
     with explained(checkpoint):
         checkpoint.mkdir(parents=True)
-    record = stream_tensors(checkpoint / MODEL, {key: piece.size for key, piece in keyed.items()}, values())
-    sync_file(checkpoint / MODEL)
+    digests: Digests = {}
     tensors: dict[str, Any] = {}
-    for key, piece in keyed.items():
-        part = {"file": MODEL, "key": key, "start": list(piece.start), "shape": list(piece.size)}
-        tensors.setdefault(piece.name, {"shape": list(piece.shape), "parts": []})["parts"].append(part)
+    files = {}
+    for file, listed in ((MODEL, list(pieces)), (OPTIMIZER, list(moments))):
+        if listed:
+            files[file] = _write_pieces(checkpoint / file, listed, digests)
+        for piece in listed:
+            part = {"file": file, "key": piece.key, "start": list(piece.start), "shape": list(piece.size)}
+            tensors.setdefault(piece.name, {"shape": list(piece.shape), "parts": []})["parts"].append(part)
     state = TrainState(
-        step=0, tokens=0, optimizer_step=0, skipped_steps=0, loader={}, config=config.model_dump(mode="json"),
+        step=0, tokens=0, optimizer_step=updates, skipped_steps=0, loader={}, config=config.model_dump(mode="json"),
         layout="none",
     )  # fmt: skip
-    finish_checkpoint(checkpoint, state, {MODEL: entry(record)}, tensors)
+    finish_checkpoint(checkpoint, state, files, tensors)
     with explained(folder):
         (checkpoint.parent / "latest").write_text(checkpoint.name)
         if tokenizer is not None:
@@ -138,3 +140,17 @@ def write_run(
         sync_folder(checkpoint.parent)
         sync_folder(folder)
     return digests
+
+
+def _write_pieces(path: Path, pieces: list[Piece], digests: Digests) -> dict[str, Any]:
+    """Stream pieces into a file, and note the digest of each; the file's line in the manifest."""
+
+    def values() -> Iterator[Tensor]:
+        for piece in pieces:
+            tensor = piece.values()
+            digests[piece.key] = digest(tensor, record=True)
+            yield tensor
+
+    record = stream_tensors(path, {piece.key: piece.size for piece in pieces}, values())
+    sync_file(path)
+    return entry(record)

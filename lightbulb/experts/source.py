@@ -12,6 +12,7 @@ from lightbulb.experts.hf.families import family_named
 from lightbulb.experts.hf.family import Family, InteropError
 from lightbulb.experts.hf.folder import CONFIG, TOKENIZER, TensorFolder, read_values
 from lightbulb.experts.hf.links import LinkTable
+from lightbulb.experts.layers import LayeredModel
 from lightbulb.experts.receipt import RECEIPT, Digests, digest, read_receipt
 from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.nn.parameter import set_values
@@ -160,15 +161,26 @@ class HuggingFaceSource(Source):
                 raise InteropError(f"{self.path}: the tensor {name!r} {why}; this model cannot be imported")
 
 
-def build_model(source: Source, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """The whole model in float32 and evaluation mode, its weights rounded to ``dtype``."""
+def build_model(source: Source) -> LanguageModel:
+    """The whole model in float32 and evaluation mode."""
     model, names = source.model_config.build(), set(source.names())
     for name, parameter in model.named_parameters():
-        set_values(parameter, source.read(name).to(dtype).float())
+        set_values(parameter, source.read(name))
     for name, buffer in model.named_buffers():
         if name in names:  # biases of routers, which decide where tokens go
             buffer.copy_(source.read(name))
     return model.eval().requires_grad_(False)
+
+
+def layered(
+    source: Source, dtype: torch.dtype = torch.float32, compute_in: torch.dtype = torch.float32
+) -> LayeredModel:
+    """The model, its weights rounded to ``dtype``, to be run layer by layer."""
+
+    def read(name: str) -> Tensor:
+        return source.read(name).to(dtype).float()
+
+    return LayeredModel(source.model_config, read, set(source.names()), compute_in)
 
 
 def open_source(path: Path | str) -> Source:

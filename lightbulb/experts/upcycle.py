@@ -16,6 +16,7 @@ from lightbulb.config import ConfigError
 from lightbulb.data.config import DataConfig
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.experts.cluster_text import contexts_of, random_contexts
+from lightbulb.experts.moments import moment_pieces, updates_so_far
 from lightbulb.experts.pieces import Merge
 from lightbulb.experts.receipt import (
     Comparison,
@@ -26,12 +27,12 @@ from lightbulb.experts.receipt import (
     compare,
     digest,
     parameters,
-    watching_routers,
+    watched_logits,
     write_receipt,
 )
 from lightbulb.experts.router_start import dense_model, learned_routers
 from lightbulb.experts.run_folder import write_run
-from lightbulb.experts.source import RunSource, Source, build_model, open_source
+from lightbulb.experts.source import RunSource, Source, layered, open_source
 from lightbulb.experts.text import held_out_text, tokens_of
 from lightbulb.experts.upcycle_config import UpcycleConfig, gates_sum_to_one
 from lightbulb.folder import built_beside
@@ -65,13 +66,15 @@ def upcycle(config: UpcycleConfig) -> Receipt:
     _check_tokenizers(sources)
     tensors_in = _digests(merge)
     reference = _reference(merge, tensors_in)
+    updates = updates_so_far(merge) if config.moments == "keep" else 0
     with built_beside(out) as folder:
         merge.compare_with_seed()
         if config.router_start.kind != "random":
             merge.routers = learned_routers(merge, _cluster_texts(merge))
         tokenizer = next((source.tokenizer_path for source in sources if source.tokenizer_path.is_file()), None)
         content = tokenizer.read_text("utf-8") if tokenizer else None
-        tensors_out = write_run(folder, run_config(merge), merge.pieces(), content, _origin(merge))
+        moments = moment_pieces(merge) if config.moments == "keep" else ()
+        tensors_out = write_run(folder, run_config(merge), merge.pieces(), content, _origin(merge), moments, updates)
         comparison, routers = _run_on_text(merge, folder, reference)
         if comparison is not None:
             comparison.check(str(out))
@@ -156,14 +159,10 @@ def _run_on_text(merge: Merge, folder: Path, reference: Reference) -> tuple[Comp
     # Layers that round their inputs turn the last bit of a float32 into another code now and then.
     rounds = any(modifier.type == "bitlinear" for modifier in merge.dense.modifiers)
     dtype = torch.float64 if rounds else torch.float32
-    model = build_model(RunSource(folder)).to(dtype)
-    with watching_routers(model) as routers, torch.no_grad():
-        found = model(tokens)
-    del model
+    found, routers = watched_logits(layered(RunSource(folder), compute_in=dtype), tokens)
     if not reference.must_equal:
         return None, routers
-    with torch.no_grad():
-        expected = dense_model(merge, 0).to(dtype)(tokens)
+    expected = dense_model(merge, 0, dtype).logits(tokens)
     return compare(found, expected, reference.why, text, merge.config.bound), routers
 
 
@@ -187,18 +186,28 @@ def _comparison_text(merge: Merge) -> Text:
 def _cluster_texts(merge: Merge) -> list[list[list[int]]]:
     """Contexts of each cluster: the sources' domains, or the clusters of one source's copies."""
     config = merge.config
-    runs = [source.config.data.path if isinstance(source, RunSource) else None for source in merge.sources]
+    runs = [source.config.data if isinstance(source, RunSource) else None for source in merge.sources]
     clusters = config.clusters or config.sources
-    owns = [None] * len(clusters) if config.clusters else runs
+    owns = runs * len(clusters) if config.clusters else runs
     tokenizer, tokens = merge.sources[0].tokenizer_path, config.router_start.tokens
-    return [
+    texts = [
         contexts_of(cluster, own, tokenizer, merge.dense, tokens) for cluster, own in zip(clusters, owns, strict=True)
     ]
+    for number, text in enumerate(texts):
+        if text in texts[:number]:
+            field = "clusters" if config.clusters else "sources"
+            raise ConfigError(
+                f"{field}.{number} has the same text as {field}.{texts.index(text)}, routers cannot tell them apart; "
+                "give each text, prompts, or a mixture of its own clusters, or set router_start.kind: random"
+            )
+    return texts
 
 
 def _notes(merge: Merge, reference: Reference, routers: dict[str, RouterRecord]) -> list[str]:
     """What the numbers do not say."""
     notes = [f"equality: {reference.why}"]
+    if merge.config.moments == "keep":
+        notes.append("the optimizer's moments are the sources', zero for what is new")
     if merge.deltas is not None:
         distances, cosines = merge.deltas.distances(), merge.deltas.cosines()
         for number, distance in enumerate(distances):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lightbulb.config import Config, ConfigError, build_config, load_config, parse_override, read_yaml
-from lightbulb.data.config import DataConfig
+from lightbulb.data.config import DataConfig, Mixture
 from lightbulb.routing.router import RouterConfig
 from lightbulb.train.config import TrainConfig
 
@@ -37,6 +37,8 @@ class SourceConfig(Config):
     """Weight in the average of what is shared, such as the tokens it was trained on; all sources have one or none."""
     text: Path | None = None
     """Corpus folder of its domain, for learned routers; None for the one it was trained on."""
+    mixture: Mixture | None = None
+    """Which domains or clusters of that corpus; None for those its own run began with, of `text` for all."""
     prompts: list[str] = []
     """Texts of its domain, in place of a corpus."""
 
@@ -93,6 +95,9 @@ class UpcycleConfig(Config):
     """Share of the hidden units that ``drop`` draws anew in each expert."""
     shards: int = Field(1, ge=1)
     """Parts that ``virtual-group`` cuts each channel mixer into."""
+    moments: Literal["zero", "keep"] = "zero"
+    """The optimizer's moments in the written checkpoint: none, or those of the sources, moved, averaged and zeroed as
+    the weights are; ``start_from_moments`` of another run reads them."""
     shared_expert: bool = False
     """Keep the dense channel mixer as an expert for all tokens, and start the routed ones with outputs of zero."""
     data: DataConfig | None = None
@@ -100,8 +105,8 @@ class UpcycleConfig(Config):
     train: TrainConfig | None = None
     """Training settings of the run; None for the first source's."""
     compare: bool = True
-    """Run the result on text, for its routers' loads and its difference to the dense model. Both models, one after the
-    other, must fit into memory."""
+    """Run the result on text, for its routers' loads and its difference to the dense model; layer by layer, with memory
+    for two layers."""
     bound: float = Field(1e-4, gt=0)
     """Greatest difference of a logit where the result must equal the dense model."""
 

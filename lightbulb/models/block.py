@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightbulb.config import Config, Cost, Registered
 from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, TokenMixerConfig
+from lightbulb.models.scaling import scaled
 from lightbulb.nn.norm import RMSNorm
 from lightbulb.nn.parameter import Init
 
@@ -53,6 +54,8 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig, dim: int, context_length: int, norm_eps: float, dropout: float, init: Init):
         super().__init__()
         self.dropout = dropout
+        self.residual_scale = 1.0
+        """Factor of what the mixers add (:mod:`lightbulb.models.scaling`)."""
         self.token_norm = RMSNorm(dim, norm_eps)
         self.token = config.token.build(dim, context_length, init)
         self.channel: ChannelMixer | None = None
@@ -65,7 +68,7 @@ class Block(nn.Module):
         past = state or {"token": None, "channel": None}
         here = context.at("token")
         mixed, token_state = self.token(self.token_norm(x), here, past["token"])
-        mixed = here.dropout(mixed, self.dropout)
+        mixed = scaled(here.dropout(mixed, self.dropout), self.residual_scale)
         channel_state = past["channel"]
         if self.channel is None:
             x = x + mixed
@@ -73,7 +76,7 @@ class Block(nn.Module):
             normed, x = self.channel_norm.add(x, mixed)
             here = context.at("channel")
             mixed, channel_state = self.channel(normed, here, channel_state)
-            x = x + here.dropout(mixed, self.dropout)
+            x = x + scaled(here.dropout(mixed, self.dropout), self.residual_scale)
         return x, None if state is None else {"token": token_state, "channel": channel_state}
 
     def init_state(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> BlockState:

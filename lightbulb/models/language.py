@@ -7,7 +7,7 @@ stage it is the whole model.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -18,14 +18,17 @@ from lightbulb.config import Config, Cost, Registered
 from lightbulb.mixers.base import Context, ModelState
 from lightbulb.models.block import Block, BlockConfig
 from lightbulb.models.modifier import ModifierConfig
+from lightbulb.models.scaling import ScalingConfig, mark_learning_rates, scaled
 from lightbulb.models.stack import StackConfig, Stage
 from lightbulb.nn.cross_entropy import linear_cross_entropy
+from lightbulb.nn.distillation import distilled_cross_entropy
 from lightbulb.nn.embedding import VocabParallelEmbedding
 from lightbulb.nn.groups import enter_tensor_region, gather_last_dim, tensor_axis, ulysses_axis
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.norm import RMSNorm
 from lightbulb.nn.parameter import Init, Logical, make_parameter
 from lightbulb.nn.recompute import Recompute, recompute
+from lightbulb.nn.soft_targets import SoftTargets
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ class LanguageConfig(Config):
     """Coefficient of the squared log-sum-exp of the logits, in training part of the loss (PaLM, arXiv:2204.02311)."""
     init_std: float | None = Field(None, gt=0)
     """Standard deviation of the initial weights; None for sqrt(2 / (5 dim)) (Nguyen and Salazar 2019)."""
+
+    scaling: ScalingConfig | None = None
+    """Width and depth scaling, so that the best learning rate does not depend on either; None for none."""
 
     @model_validator(mode="after")
     def _pattern_divides(self) -> "LanguageConfig":
@@ -150,9 +156,13 @@ class LanguageConfig(Config):
         }
 
     def init(self) -> Init:
-        """Initial standard deviations; what writes to the residual stream shrinks with depth."""
-        std = self.init_std or math.sqrt(0.4 / self.dim)
+        """Initial standard deviations of the blocks; what writes to the residual stream shrinks with depth."""
+        std = self.table_std() / math.sqrt(self.scaling.width(self.dim) if self.scaling else 1.0)
         return Init(std, std / math.sqrt(2 * self.num_layers))
+
+    def table_std(self) -> float:
+        """Initial standard deviation of embedding and head."""
+        return self.init_std or math.sqrt(0.4 / (self.scaling.base_dim if self.scaling else self.dim))
 
     def layer_costs(self) -> list[Cost]:
         """Cost of each block."""
@@ -214,6 +224,8 @@ class LanguageConfig(Config):
         model = LanguageModel(self, stage or Stage(0, self.num_layers, True, True))
         for modifier in self.sorted_modifiers():
             modifier.convert(model)
+        if self.scaling is not None:
+            mark_learning_rates(model, 1.0 / self.scaling.width(self.dim))
         return model
 
     def _on_meta(self) -> "LanguageModel":
@@ -239,9 +251,12 @@ class LanguageModel(nn.Module):
         self.post_process = stage.has_head
         self.share_embeddings_and_output_weights = config.tie_embeddings
         self._input: Tensor | None = None
-        init = config.init()
+        self.divergence: Tensor | None = None  # summed over the tokens that had soft targets, until it is taken
+        init, std, scaling = config.init(), config.table_std(), config.scaling
+        self._embedding_scale = scaling.scale_emb if scaling else 1.0
+        self._head_scale = 1.0 / scaling.width(config.dim) if scaling else 1.0
         if stage.has_embedding or (stage.has_head and config.tie_embeddings):
-            self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, init.std)
+            self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, std)
             if config.tie_embeddings and not (stage.has_embedding and stage.has_head):
                 # Both copies get gradient buckets of their own: the distributed optimizer reduces each bucket to shards
                 # before the copies' gradients are added up, and the shards of both must cover the same elements.
@@ -252,6 +267,9 @@ class LanguageModel(nn.Module):
                 for i in range(stage.first, stage.last)
             }
         )
+        if scaling is not None:
+            for block in self.blocks.values():
+                cast(Block, block).residual_scale = scaling.residual(config.num_layers)
         self.stack = config.stack().build(config.num_layers, stage)
         self._received_widths = config.carried_widths(stage.first)
         if stage.has_head:
@@ -260,7 +278,7 @@ class LanguageModel(nn.Module):
                 # A copy of the first stage's table: its gradient is added to the original's, its norm not counted.
                 self.embedding.weight.shared = True  # type: ignore[attr-defined]
             if not config.tie_embeddings:
-                logical = Logical((config.vocab_size, config.dim), init.std, tensor_dim=0, tensor=self.axis)
+                logical = Logical((config.vocab_size, config.dim), std, tensor_dim=0, tensor=self.axis)
                 self.head = make_parameter(logical)
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
@@ -285,6 +303,7 @@ class LanguageModel(nn.Module):
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
         noise: Noise | None = None,
+        targets: SoftTargets | None = None,
     ) -> Tensor:
         """One pass over whole contexts.
 
@@ -293,6 +312,8 @@ class LanguageModel(nn.Module):
             labels: ``[batch, length]`` next tokens, or IGNORE; with labels the last stage returns losses.
             document_ids: ``[batch, length]`` to keep documents apart, or None.
             noise: source of dropout and jitter in training; None for neither.
+            targets: ``[batch, length, k]`` distributions to learn from besides the labels: they change the gradient of
+                the losses, not their values, and :attr:`divergence`.
 
         Returns:
             Losses ``[batch, length]`` in nats; logits ``[batch, length, vocab]`` float32 without labels (of
@@ -306,21 +327,30 @@ class LanguageModel(nn.Module):
         gist = self._gist(tokens)
         context = Context(positions, document_ids, rows=rows, noise=noise, recompute=self.recompute, gist=gist)
         if self.pre_process:
-            embedded = self.embedding(self.my_positions(tokens))
+            embedded = self._embed(self.my_positions(tokens))
             carried = self.stack.start(context.at("embedding").dropout(embedded, self.config.dropout))
         else:
             assert self._input is not None
             carried = list(self._input.split(self._received_widths, dim=-1))
         carried, _ = self.run_blocks(carried, context)
         if not self.post_process:
-            return carried[0] if len(carried) == 1 else torch.cat(carried, dim=-1)
-        x = self.norm(carried[0])
-        if labels is None:
-            return self._logits(x)
+            sent = carried[0] if len(carried) == 1 else torch.cat(carried, dim=-1)
+            if torch.is_grad_enabled() and not sent.requires_grad:
+                sent.requires_grad_()  # nothing is trained up to here, but the schedule runs this stage's backward too
+            return sent
+        x = self._for_head(carried[0])
+        return self._logits(x) if labels is None else self._losses(x, labels, targets)
+
+    def _losses(self, x: Tensor, labels: Tensor, targets: SoftTargets | None) -> Tensor:
         labels = self.my_positions(labels)
-        hidden = enter_tensor_region(x, self.axis).flatten(0, 1)
         z_loss = self.config.z_loss if self.training else 0.0
-        losses = linear_cross_entropy(hidden, self.head_weight(), labels.t().flatten(), self.axis, z_loss)
+        head = enter_tensor_region(x, self.axis).flatten(0, 1), self.head_weight(), labels.t().flatten()
+        if targets is None:
+            losses = linear_cross_entropy(*head, self.axis, z_loss)
+        else:
+            targets = targets.mapped(lambda part: self.my_positions(part).transpose(0, 1).flatten(0, 1))
+            losses, divergence = distilled_cross_entropy(*head, targets, self.axis, z_loss)
+            self.divergence = divergence.sum() + (0.0 if self.divergence is None else self.divergence)
         return losses.view(labels.shape[1], labels.shape[0]).t()
 
     def run_blocks(
@@ -358,8 +388,15 @@ class LanguageModel(nn.Module):
             extra["gist"] = state["gist"].index_copy(1, positions, gist)
             known = extra["gist"][:, : start + length]
         context = Context(positions, gist=known)
-        carried, updated = self.run_blocks(self.stack.start(self.embedding(tokens)), context, state)
-        return self._logits(self.norm(carried[0])), updated | extra
+        carried, updated = self.run_blocks(self.stack.start(self._embed(tokens)), context, state)
+        return self._logits(self._for_head(carried[0])), updated | extra
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return scaled(self.embedding(tokens), self._embedding_scale)
+
+    def _for_head(self, x: Tensor) -> Tensor:
+        """What the head multiplies; its logits' scale is that of its input."""
+        return scaled(self.norm(x), self._head_scale)
 
     def _gist(self, tokens: Tensor) -> Tensor | None:
         return None if self.config.gist_token_id is None else tokens == self.config.gist_token_id

@@ -23,11 +23,12 @@ from torch.nn.functional import linear
 from lightbulb.config import ConfigError, Cost
 from lightbulb.mixers.base import Facts
 from lightbulb.models.modifier import ModifierConfig
+from lightbulb.models.trainable import active_share
 from lightbulb.modifiers.matching import check_match, matching_linears
 from lightbulb.nn.groups import share_in_tensor_region
 from lightbulb.nn.linear import Adapter, SplitLinear
 from lightbulb.nn.nf4 import BLOCK, NF4
-from lightbulb.nn.parameter import Logical, constant, make_parameter, set_values, stored_values, values_of
+from lightbulb.nn.parameter import constant, make_parameter, set_values, stored_values, values_of
 from lightbulb.ops import grouped_linear
 from lightbulb.registry import register
 
@@ -66,10 +67,6 @@ class LoRAConfig(ModifierConfig):
             layer.adapter = LowRank(layer, self.rank, self.scale)
             if self.quantize is not None:
                 _keep_in_four_bits(name, layer)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ConfigError(
-                f"model.modifiers: lora: match {self.match!r} leaves a pipeline stage with nothing to train; widen it"
-            )
 
     def converted_cost(self, plain: nn.Module) -> Cost:
         check_match(plain, self.match)
@@ -77,7 +74,7 @@ class LoRAConfig(ModifierConfig):
         for name, layer in matching_linears(plain, self.match):
             *lead, outputs, inputs = layer.logical.shape
             pair = math.prod(lead) * self.rank * (outputs + inputs)
-            params, active = params + pair, active + pair * _active_share(plain, name, layer.logical)
+            params, active = params + pair, active + pair * active_share(plain, name, layer.logical)
         return Cost(params, round(active), 2.0 * active)
 
 
@@ -165,13 +162,3 @@ def _take_values(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: ob
     if prefix + "weight" in state:
         set_values(layer.weight, state[prefix + "weight"])  # type: ignore[arg-type]
         state[prefix + "weight"] = layer.weight.detach()  # type: ignore[operator]
-
-
-def _active_share(model: nn.Module, name: str, weight: Logical) -> float:
-    """The share of a layer's matrices that one token passes: top-k of the experts of the nearest router's mixer."""
-    while weight.is_expert and name:
-        name = name.rpartition(".")[0]
-        router = getattr(getattr(model.get_submodule(name), "config", None), "router", None)
-        if router is not None:
-            return router.top_k / weight.shape[0]
-    return 1.0

@@ -23,13 +23,21 @@ from torch import Tensor, nn
 
 from lightbulb.models.language import LanguageConfig, LanguageModel
 from lightbulb.models.stack import Stage
+from lightbulb.models.trainable import Trainable, freeze, trained_names
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.noise import Noise
 from lightbulb.nn.parameter import initialise, logical_of, set_values, stored_values
 from lightbulb.parallel import megatron_cpu
 from lightbulb.parallel.collective import any_rank
 from lightbulb.parallel.host import Precision
-from lightbulb.parallel.optimizer import OptimizerConfig, build_optimizer, parts, read_state, write_state
+from lightbulb.parallel.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    parts,
+    read_state,
+    set_learning_rate,
+    write_state,
+)
 from lightbulb.parallel.pipeline_cut import language_stages
 from lightbulb.parallel.topology import ParallelConfig, destroy_groups, initialize_groups
 from lightbulb.routing.balance import summarise
@@ -49,6 +57,7 @@ class StepResult:
         clip_coefficient: factor the gradient was scaled by.
         applied: False when the gradient was not finite or over a limit, and the update was skipped on all ranks.
         routers: per router (the layer, see :func:`router_label`): load per expert, balance loss, z-loss, entropy.
+        divergence: mean divergence from soft targets, nats per token; 0 without any.
     """
 
     loss: float
@@ -57,6 +66,7 @@ class StepResult:
     clip_coefficient: float
     applied: bool
     routers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    divergence: float = 0.0
 
 
 class Engine:
@@ -73,6 +83,10 @@ class Engine:
             fp64.
         seed: seeds the initial weights, dropout and router jitter.
         device: where this rank computes.
+        trainable: which parameters are trained; the others have neither gradients nor optimizer state.
+
+    Raises:
+        ValueError: the model cannot be split that way, or ``trainable`` names nothing in it.
     """
 
     def __init__(
@@ -83,6 +97,7 @@ class Engine:
         precision: Precision,
         seed: int,
         device: torch.device,
+        trainable: Trainable = "all",
     ):
         model.check_parallel(parallel.degrees())
         megatron_cpu.install()
@@ -90,6 +105,7 @@ class Engine:
         self.model_config, self.parallel, self.optimizer_config = model, parallel, optimizer
         self.device, self.seed = device, seed
         self.optimizer_step = 0
+        self.trained = trained_names(model, trainable)
         stages = language_stages(model, parallel.num_stages, parallel.stages)
         mine = stages[parallel_state.get_pipeline_model_parallel_rank() :: parallel.pipeline]
         self.chunks: list[LanguageModel] = [self._build_chunk(stage, precision) for stage in mine]
@@ -120,7 +136,8 @@ class Engine:
 
         Args:
             batches: micro-batches with ``tokens``, ``labels`` ``[batch, length]``, ``document_ids`` or None and
-                ``sample_ids [batch]``; all of one shape, the same number on every rank.
+                ``sample_ids [batch]``; all of one shape, the same number on every rank. Those with soft ``targets``
+                (``SoftTargets``) are learned from besides the labels.
             lr: learning rate of this step.
             max_loss: with a larger loss nothing is updated.
             max_grad_norm: with a larger norm, before clipping, nothing is updated.
@@ -223,6 +240,7 @@ class Engine:
 
     def _build_chunk(self, stage: Stage, precision: Precision) -> LanguageModel:
         chunk = self.model_config.build(stage)
+        freeze(chunk, self.trained)
         initialise(chunk, self.seed)
         _cast(chunk.to(self.device), precision)
         chunk.recompute = self.parallel.recompute
@@ -282,17 +300,22 @@ class Engine:
         tokens, labels = batch.tokens.to(self.device), batch.labels.to(self.device)
         documents = None if batch.document_ids is None else batch.document_ids.to(self.device)
         noise = Noise(self.seed, batch.sample_ids, tokens.shape[1])
-        losses = model(tokens, labels, documents, noise)
+        soft = getattr(batch, "targets", None)
+        losses = model(tokens, labels, documents, noise, None if soft is None else soft.to(self.device))
         return losses, partial(_sum_losses, self.chunks[0].my_positions(labels))
 
     def _collect(self) -> StepResult:
         """Add losses and router statistics over micro-batches and ranks, in one all-reduce."""
         known = self.model_config.routers()
         row_of = {name: row for row, name in enumerate(known)}
-        width = max([2 * num_experts + 3 for num_experts in known.values()], default=2)
+        width = max([2 * num_experts + 3 for num_experts in known.values()], default=3)
         table = torch.zeros(len(known) + 1, width, dtype=torch.float64, device=self.device)
         for losses in self._losses:
             table[-1, :2] += losses.double()
+        for chunk in self.chunks:
+            if chunk.divergence is not None:
+                table[-1, 2] += chunk.divergence.double()
+                chunk.divergence = None
         for name, router in self.routers():
             sums = router.statistics.take(self.device)
             table[row_of[name], : len(sums)] = sums
@@ -303,6 +326,7 @@ class Engine:
         table = table.cpu()
         tokens = int(table[-1, 1])
         result = StepResult(float(table[-1, 0]) / max(tokens, 1), tokens, 0.0, 1.0, applied=True)
+        result.divergence = float(table[-1, 2]) / max(tokens, 1)
         for name, num_experts in known.items():
             result.routers[router_label(name)] = summarise(table[row_of[name]][: 2 * num_experts + 3], num_experts)
         self._loads = {name: table[row_of[name], :num_experts] for name, num_experts in known.items()}
@@ -319,8 +343,7 @@ class Engine:
             router.set_load(self._loads[name].to(self.device))
 
     def _update(self, grad_norm: float, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         for link in self.optimizer.chained_optimizers:
             if link.get_parameters():
                 clip_grad_by_total_norm_fp32(link.get_parameters(), self.optimizer_config.clip_grad, grad_norm)

@@ -6,17 +6,20 @@ Megatron's own state formats follow its buckets, which change with every degree.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import ParamKey, ParamPredicate, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from pydantic import Field
 from torch import Tensor, nn
 
 from lightbulb.config import Config
+from lightbulb.models.scaling import LR_SCALE
 from lightbulb.ops import is_one_pass
 from lightbulb.parallel.host import Precision
 from lightbulb.parallel.offload import OffloadedAdamW
@@ -58,21 +61,19 @@ def build_optimizer(
     config: OptimizerConfig, chunks: list[DistributedDataParallel], precision: Precision, distributed: bool
 ) -> ChainedOptimizer:
     """Megatron-core's optimizer over this rank's chunks (one chain link for shared parameters, one for experts)."""
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.beta1,
-            adam_beta2=config.beta2,
-            adam_eps=config.eps,
-            clip_grad=config.clip_grad,
-            bf16=precision != "fp32",  # float32 masters beside the weights
-            use_distributed_optimizer=distributed,
-        ),
-        chunks,
-        use_gloo_process_groups=False,
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=precision != "fp32",  # float32 masters beside the weights
+        use_distributed_optimizer=distributed,
     )
+    overrides = get_standard_config_overrides(settings) | _learning_rates(chunks)
+    optimizer = get_megatron_optimizer(settings, chunks, overrides, use_gloo_process_groups=False)
     on_cpu = next(chunks[0].parameters()).device.type == "cpu"
     for group in optimizer.param_groups:
         # Megatron-core leaves it to its learning-rate scheduler, which is not used here, to apply the multiplier.
@@ -88,6 +89,25 @@ def build_optimizer(
         for link in optimizer.chained_optimizers:
             _step_in_one_pass(link, chunks)
     return optimizer
+
+
+def _learning_rates(chunks: list[DistributedDataParallel]) -> dict[ParamKey, ParamGroupOverride]:
+    """A group of its own for each factor of the learning rate that parameters are marked with."""
+    marks = {getattr(parameter, LR_SCALE, 1.0) for chunk in chunks for parameter in chunk.parameters()}
+    return {
+        ParamKey(predicate=ParamPredicate(f"{LR_SCALE} {mark}", partial(_is_marked, mark=mark))): {"lr_mult": mark}
+        for mark in sorted(marks - {1.0})
+    }
+
+
+def _is_marked(parameter: nn.Parameter, mark: float) -> bool:
+    return getattr(parameter, LR_SCALE, 1.0) == mark
+
+
+def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:
+    """Use a learning rate from the next step on, times each parameter's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_mult"]
 
 
 def _step_in_one_pass(link: MegatronOptimizer, chunks: list[DistributedDataParallel]) -> None:

@@ -41,12 +41,13 @@ PARTS = (
     Part("torch", "torch", "nothing runs"),
     Part("torchvision", "torchvision", "streaming does not load; install the version that belongs to torch"),
     Part("megatron-core", "megatron.core", "no training, and no inference"),
-    Part("mosaicml-streaming", "streaming", "shards can be neither written nor read"),
+    Part("mosaicml-streaming", "streaming", "shards cannot be read"),
     Part("deepspeed", "deepspeed", "no deepspeed launcher: start ranks with torchrun or srun"),
     Part("triton", "triton", "kernels run as their torch reference: slower on CUDA, no difference on CPU"),
     Part("flash-attn", "flash_attn", "attention by torch's own kernels, flash among them on CUDA"),
     Part("mamba-ssm", "mamba_ssm", "Mamba layers scan in torch: slower on CUDA"),
     Part("causal-conv1d", "causal_conv1d", "short convolutions by torch's conv1d: slower on CUDA"),
+    Part("lm-eval", "lm_eval", "no tasks in lightbulb evaluate"),
     Part("transformer-engine", "transformer_engine", "torch's layers and optimizer steps: no FP8, slower on CUDA"),
 )
 

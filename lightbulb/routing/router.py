@@ -65,6 +65,19 @@ class Routing(NamedTuple):
     experts: Tensor
 
 
+def greatest(scores: Tensor, top_k: int) -> Tensor:
+    """The experts ``[T, k]`` with the greatest of ``scores [T, E]``, the lower number first where they are equal.
+
+    ``topk`` takes any of equal scores, not always the same, while experts that are parts of one share a router row and
+    must be taken together, and every layout must take the same.
+    """
+    if scores.dtype != torch.float32:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    bits = (scores + 0.0).view(torch.int32).long()  # 0.0: of both zeros one
+    ranks = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
+    return (ranks * (1 << 16) - torch.arange(scores.shape[-1], device=scores.device)).topk(top_k, dim=-1).indices
+
+
 class Router(nn.Module):
     """Linear scores, top-k, gates; weight and arithmetic in float32 whatever the model's dtype.
 
@@ -101,7 +114,7 @@ class Router(nn.Module):
         log_scores = logits - log_z if self.config.score == "softmax" else logsigmoid(logits)
         # Scores grow with their logits, but round: logits that differ may have one score.
         order = log_scores.exp() + self.bias if self.config.bias_rate else logits
-        experts = order.detach().topk(self.config.top_k, dim=-1).indices
+        experts = greatest(order.detach(), self.config.top_k)
         gates = self._gates(log_scores.gather(-1, experts))
         if self.training and torch.is_grad_enabled():
             gates = attach_loss(gates, self._auxiliary_losses(log_z, log_scores, experts))

@@ -52,13 +52,16 @@ class DomainAccount:
             self.tokens[domain] += count
 
     def news(self) -> list[str]:
-        """What changes in the mixture from the next step on, each in a sentence: a stage, groups that are used up."""
+        """What changes from the next step on, each in a sentence: mixture, batch size, groups that are used up."""
         fresh = [name for name in self._loader.exhausted() if name not in self._told]
         self._told.update(fresh)
         epochs = self._loader.group_epochs if fresh else {}
         now = self._loader.samples_consumed
-        before, stage = (self._loader.sequence.stage(at) for at in (now - self._loader.global_batch_size, now))
+        before, stage = (self._loader.sequence.stage(at) for at in (now - 1, now))
         begins = [f"the next one begins data.stages.{stage - 1} and its mixture"] if stage != before else []
+        sizes = self._loader.batch_sizes
+        old, new = (sizes.of_step(sizes.step_at(at)) for at in (now - 1, now))
+        begins += [f"the next one has {new} contexts, this one had {old}"] if new != old else []
         return begins + [
             f"group {name} has been read {epochs[name]:.4g} times, as often as max_epochs allows; its weight goes to "
             "the others"

@@ -40,6 +40,7 @@ from lightbulb.train.manifest import (
     complete_checkpoints,
     read_manifest,
     read_state,
+    step_folder,
 )
 from lightbulb.train.tensor_file import TensorFile, TensorFileError, hash_file
 
@@ -253,20 +254,21 @@ def _with_zero_moments(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state | {moment: torch.zeros_like(state["master"]) for moment in MOMENTS}
 
 
-def load_model_for_inference(run: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:
-    """The newest checkpoint of a run as one whole model in evaluation mode, on CUDA when there is a device.
+def load_model_for_inference(run: Path, step: int | None = None) -> tuple[LanguageModel, Tokenizer, RunConfig]:
+    """The newest checkpoint of a run, or that of a step, as one whole model in evaluation mode, on CUDA when there is a
+    device.
 
     Raises:
         CheckpointError: not a run folder, or no intact checkpoint in it.
     """
-    config, checkpoint = open_run(run)
+    config, checkpoint = open_run(run, step)
     precision: Precision = "bf16" if config.train.precision == "bf16" else "fp32"
     model = build_for_inference(config, checkpoint, pick_device(), precision)
     return model, Tokenizer.load(run / "tokenizer.json"), config
 
 
-def open_run(run: Path) -> tuple[RunConfig, Checkpoint]:
-    """The config of a run and its newest intact checkpoint.
+def open_run(run: Path, step: int | None = None) -> tuple[RunConfig, Checkpoint]:
+    """The config of a run and its newest intact checkpoint, or that of a step.
 
     Raises:
         CheckpointError: not a run folder, or no intact checkpoint in it.
@@ -274,7 +276,7 @@ def open_run(run: Path) -> tuple[RunConfig, Checkpoint]:
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run}: not a run folder (it has no config.yaml); name one that pretrain wrote")
     config = load_config(RunConfig, run / "config.yaml")
-    checkpoint, problems = newest_checkpoint(run)
+    checkpoint, problems = newest_checkpoint(run) if step is None else first_whole([step_folder(run, step)])
     if checkpoint is None:
         raise CheckpointError(problems[0] if problems else f"{run}: has no checkpoint yet; let pretrain save one first")
     return config, checkpoint

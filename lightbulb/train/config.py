@@ -6,8 +6,11 @@ from pydantic import Field, model_validator
 
 import lightbulb.modifiers  # noqa: F401  (registers what model.modifiers can name)
 from lightbulb.config import Config, ConfigError
-from lightbulb.data.config import DataConfig, MixtureConfig
+from lightbulb.data.batches import BatchSizes
+from lightbulb.data.config import DataConfig, MixtureConfig, Stage, first_steps
+from lightbulb.data.soft_targets import DistilConfig
 from lightbulb.models.language import LanguageConfig
+from lightbulb.models.trainable import Trainable, trained_names
 from lightbulb.ops import Kernels
 from lightbulb.parallel.optimizer import OptimizerConfig
 from lightbulb.parallel.pipeline_cut import language_stages
@@ -18,6 +21,13 @@ from lightbulb.train.schedule import ScheduleConfig, decay_start
 __all__ = ["RunConfig", "TrainConfig"]
 
 
+class BatchStage(Stage):
+    """A batch that takes the place of the one before it."""
+
+    global_batch_size: int = Field(ge=1)
+    """Contexts per step over all ranks, from then on."""
+
+
 class TrainConfig(Config):
     """Length, batch and bookkeeping of a run."""
 
@@ -25,8 +35,13 @@ class TrainConfig(Config):
     """Optimizer steps."""
     global_batch_size: int = Field(ge=1)
     """Contexts per step over all ranks."""
+    batch_stages: tuple[BatchStage, ...] = ()
+    """Later batch sizes. The learning rate is not changed with them."""
     micro_batch_size: int = Field(ge=1)
     """Contexts per forward pass of one rank."""
+    trainable: Trainable = "all"
+    """What is trained: all, routers, routers+experts, or patterns of parameter names such as blocks.*.token.*; the rest
+    stays as it is, without gradients or optimizer state. With LoRA, all are its updates."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Dtype of weights and activations; auto picks what the device is fast at. Masters and moments are fp32."""
     kernels: Kernels = "auto"
@@ -72,16 +87,27 @@ class RunConfig(Config):
     train: TrainConfig
     outer: OuterConfig | None = None
     """Keeps the trunk of this run and its sister branches together (`lightbulb branch` writes it)."""
+    distil: DistilConfig | None = None
     prompts: list[str] = []
     """Prompts to complete when the run ends."""
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "RunConfig":
-        if self.train.global_batch_size % self.train.micro_batch_size:
-            raise ValueError(
-                f"train.global_batch_size {self.train.global_batch_size} is not a multiple of "
-                f"train.micro_batch_size {self.train.micro_batch_size}; choose a divisor"
-            )
+        for size in self.batch_sizes().distinct:
+            if size % self.train.micro_batch_size:
+                raise ValueError(
+                    f"train.global_batch_size {size} is not a multiple of train.micro_batch_size "
+                    f"{self.train.micro_batch_size}; choose a divisor"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> "RunConfig":
+        if self.train.trainable != "all":
+            try:
+                trained_names(self.model, self.train.trainable)
+            except ValueError as error:
+                raise ValueError(f"train.{error}") from None
         return self
 
     @model_validator(mode="after")
@@ -99,6 +125,13 @@ class RunConfig(Config):
         """Every mixture of the run with the number of steps before it; empty for a run without."""
         return self.data.mixtures(self.train.steps, decay_start(self.schedule, self.train.steps))
 
+    def batch_sizes(self) -> BatchSizes:
+        """Contexts of every step."""
+        train, stages = self.train, self.train.batch_stages
+        starts = first_steps(stages, "train.batch_stages", train.steps, decay_start(self.schedule, train.steps))
+        changes = zip(starts, (stage.global_batch_size for stage in stages), strict=True)
+        return BatchSizes(train.global_batch_size, list(changes))
+
     def resolve(self, world_size: int) -> "RunConfig":
         """The config with its degrees filled in and checked against the model and the number of processes.
 
@@ -111,17 +144,22 @@ class RunConfig(Config):
             language_stages(self.model, parallel.num_stages, parallel.stages)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        for size in self.batch_sizes().distinct:
+            self._check_batch(size, parallel)
+        return self.model_copy(update={"parallel": parallel})
+
+    def _check_batch(self, size: int, parallel: ParallelConfig) -> None:
+        """Whether the ranks can share a global batch."""
         data = parallel.data or 1
-        if self.train.global_batch_size % (self.train.micro_batch_size * data):
+        if size % (self.train.micro_batch_size * data):
             raise ConfigError(
-                f"train.global_batch_size {self.train.global_batch_size} is not a multiple of train.micro_batch_size "
+                f"train.global_batch_size {size} is not a multiple of train.micro_batch_size "
                 f"{self.train.micro_batch_size} x parallel.data {data}; make it a multiple of "
                 f"{self.train.micro_batch_size * data}"
             )
-        micro_batches = self.train.global_batch_size // (self.train.micro_batch_size * data)
+        micro_batches = size // (self.train.micro_batch_size * data)
         if parallel.interleave > 1 and micro_batches % parallel.pipeline:
             raise ConfigError(
                 f"parallel.interleave {parallel.interleave}: a rank's {micro_batches} micro-batches are not a multiple "
                 f"of parallel.pipeline {parallel.pipeline}; change train.global_batch_size or train.micro_batch_size"
             )
-        return self.model_copy(update={"parallel": parallel})

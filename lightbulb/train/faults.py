@@ -122,8 +122,10 @@ def poisoned(model: nn.Module, step: int) -> Iterator[None]:
     if is_planted("nan", "step", step) is None:
         yield
         return
-    hook = next(p for p in model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * math.nan)
+    trained = next((p for p in model.parameters() if p.requires_grad), None)
+    hook = trained.register_hook(lambda gradient: gradient * math.nan) if trained is not None else None
     try:
         yield
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()

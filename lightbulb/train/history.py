@@ -92,7 +92,7 @@ class History:
             raise DataError(f"{error} (if the corpus was moved, say where it is now with --data DIR)") from None
         self.sequence = self.loader.sequence
         self.path = self.loader.corpus.path
-        self._batch = config.train.global_batch_size
+        self._step_at = config.batch_sizes().step_at
         self._lines: dict[int, list[Line]] = defaultdict(list)
         for _, line in read_ledger(run, self.steps):
             self._lines[line.step].append(line)
@@ -135,7 +135,7 @@ class History:
                 "rows": rows,
                 "rows_seen": min(samples, rows),  # every epoch of a group visits each row once
                 "samples": samples,
-                "epochs": samples / rows,
+                "epochs": samples / max(rows, 1),
                 "first_step": steps[name][0] if steps[name] else None,
                 "last_step": steps[name][-1] if steps[name] else None,
             }
@@ -160,12 +160,12 @@ class History:
 
     def _plain_uses(self, number: int, rows: np.ndarray) -> Iterator[Use]:
         """In the steps before the run had a mixture."""
-        samples, size = self._plain_samples(), len(self.loader.corpus)
+        samples, size = self._plain_samples(), int(self.sequence.sizes.sum())
         for epoch in range(-(-samples // size)):
             places = np.flatnonzero(np.isin(self.sequence.plain_order(epoch), rows))
             for place in places[places + epoch * size < samples]:
                 row = int(self.sequence.plain_order(epoch)[place])
-                yield self._use(number, row, epoch, int(epoch * size + place) // self._batch + 1)
+                yield self._use(number, row, epoch, self._step_at(int(epoch * size + place)) + 1)
 
     def _mixed_uses(self, number: int, rows: np.ndarray) -> Iterator[Use]:
         runs = self._runs.get(self.sequence.names[number])
@@ -270,7 +270,7 @@ def documents_with_text(history: History, lineage: Lineage, text: str) -> list[D
     for group, shards in corpus.domains.items():
         found: dict[int, list[int]] = {}
         for row in range(len(shards)):
-            tokens, owners = shards[row]
+            tokens, owners, _ = shards[row]
             if text in tokenizer.decode(tokens.tolist()):
                 places = (np.unique(owners[owners > 0], return_index=True)[1]).tolist()
                 parts = np.split(tokens, places[1:])

@@ -22,6 +22,7 @@ import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError
 
+from lightbulb.data.batches import BatchSizes, batch_sizes
 from lightbulb.data.loader import Batch
 from lightbulb.folder import explained, write_atomically
 from lightbulb.train.tensor_file import TensorFileError, open_regular
@@ -179,16 +180,21 @@ Runs = list[tuple[int, int]]
 
 
 def check_ledger(
-    run: Path, steps: int, global_batch_size: int, drawn: Mapping[str, int] | None = None, plain_samples: int = 0
+    run: Path,
+    steps: int,
+    global_batch_size: int | BatchSizes,
+    drawn: Mapping[str, int] | None = None,
+    plain_samples: int = 0,
 ) -> LedgerCheck:
-    """Whether steps 1 to ``steps`` used the first ``steps * global_batch_size`` places once each, in their order.
+    """Whether steps 1 to ``steps`` used the first places once each, in their order.
 
     Args:
+        global_batch_size: places of every step: one size, or one for each.
         drawn: with a mixture, the samples of each group that the checkpoint counts: the places in every group must
             lead up to them without a gap.
         plain_samples: samples before the run had a mixture.
     """
-    check = LedgerCheck(steps)
+    check, sizes = LedgerCheck(steps), batch_sizes(global_batch_size)
     runs: dict[int, Runs] = {step: [] for step in range(1, steps + 1)}
     groups: dict[int, dict[str, Runs]] = defaultdict(lambda: defaultdict(list))
     skipped: set[int] = set()
@@ -211,8 +217,8 @@ def check_ledger(
         return check
     check.skipped_steps = len(skipped)
     for step, found in runs.items():
-        first = (step - 1) * global_batch_size
-        if problem := _gap(sorted(found), first, first + global_batch_size):
+        first = sizes.samples(step - 1)
+        if problem := _gap(sorted(found), first, sizes.samples(step)):
             check.problems.append(f"{run / FOLDER}: step {step}: {problem}")
         if (first >= plain_samples and drawn is not None) != (step in groups):
             check.problems.append(f"{run / FOLDER}: step {step}: has groups although it had no mixture, or none")

@@ -24,6 +24,7 @@ from lightbulb.data.loader import HeldOut, TrainLoader
 from lightbulb.data.mixture import OutOfRows
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.folder import FolderError, check_writable, claim
+from lightbulb.models.trainable import train_flops
 from lightbulb.parallel.collective import RankError, agree, on_rank_zero
 from lightbulb.parallel.engine import Engine, StepResult
 from lightbulb.parallel.host import Precision
@@ -31,12 +32,13 @@ from lightbulb.train.accounts import DomainAccount, HeldOutTally, bytes_predicte
 from lightbulb.train.agreement import check_same_on_all_ranks
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into, newest_checkpoint
 from lightbulb.train.config import RunConfig
-from lightbulb.train.exchange import ExchangeError, Outer
+from lightbulb.train.exchange import ExchangeError
 from lightbulb.train.faults import StopSignal, fault_point, poisoned
 from lightbulb.train.first_weights import take_first_weights
 from lightbulb.train.kernels import use_kernels
 from lightbulb.train.ledger import Ledger, rewind_ledger
 from lightbulb.train.manifest import TrainState, set_aside_newer, step_folder, sweep
+from lightbulb.train.meeting import Outer
 from lightbulb.train.metrics import FILE_NAME, MetricsWriter, read_metrics
 from lightbulb.train.resume import check_resumable, settle_precision
 from lightbulb.train.save import Saver
@@ -209,12 +211,15 @@ class Trainer:
         precision: Precision = "bf16" if train.precision == "bf16" else "fp32"
         self.cost = model.cost()
         self.peak = peak_flops(self.device, precision)
-        self.engine = Engine(model, config.parallel, config.optimizer, precision, config.seed, self.device)
+        self.engine = Engine(
+            model, config.parallel, config.optimizer, precision, config.seed, self.device, train.trainable
+        )
+        self._train_flops = train_flops(model, self.engine.trained)
         self._cleanup.callback(self.engine.close)
         self.outer = Outer(config.outer, self.engine, self.folder, self._stop, self._watchdog) if config.outer else None
         self.loader = TrainLoader(
-            config.data, model.context_length, model.vocab_size, config.seed, train.global_batch_size,
-            train.micro_batch_size, self.engine.data_rank, data, config.mixtures(),
+            config.data, model.context_length, model.vocab_size, config.seed, config.batch_sizes(),
+            train.micro_batch_size, self.engine.data_rank, data, config.mixtures(), config.distil,
         )  # fmt: skip
         self._cleanup.callback(self.loader.close)
         tokenizer = config.data.path.expanduser() / "tokenizer.json"
@@ -298,35 +303,31 @@ class Trainer:
         self.account.add(counted[1:])
         for sentence in self.account.news():
             log.info("step %d: %s", self.step, sentence)
-        self._write_metrics(result, lr, counted[0], waited / seconds)
+        # Of the whole contexts: places without a label are computed too.
+        places = sum(batch.tokens.numel() for batch in batches) * (self.config.parallel.data or 1)
+        self._write_metrics(result, lr, counted[0], waited / seconds, places)
 
     def _meet(self) -> bool:
         """Bring the trunk together with the other branches', where that is due; False when a stop came before it."""
-        if self.outer is None:
+        if self.outer is None or not self.outer.is_due(self.step):
             return True
-        self.outer.tell(self.step)
-        while self.outer.is_due(self.step):
-            self.saver.settle()
-            try:
-                meeting = self.outer.meet(self.step)
-            except (ExchangeError, FolderError, RankError):
-                self._save_once()
-                raise
-            if meeting is None:
-                return False
-            self.metrics.write({"kind": "outer", "step": self.step, **meeting._asdict()})
-            if self._is_saved(self.step):  # before the meeting, when a stop came
-                self.save()
-        return True
-
-    def _is_saved(self, step: int) -> bool:
-        return on_rank_zero(lambda: step_folder(self.folder, step).exists())
+        self.saver.settle()
+        try:
+            meeting = self.outer.meet(self.step)
+        except (ExchangeError, FolderError, RankError):
+            self._save_once()
+            raise
+        if meeting is not None:
+            self.metrics.write({"kind": "outer", "step": self.step, "tokens": self.tokens, **meeting._asdict()})
+            if self.step == self.config.train.steps and on_rank_zero(step_folder(self.folder, self.step).exists):
+                self.save()  # what is there is of a stop before the meeting
+        return meeting is not None
 
     def _save_once(self) -> None:
         """Save this step, if it is not saved yet, and wait for it."""
         with self._watchdog.section("save", self.step):
             self.saver.wait()
-            if not self._is_saved(self.step):
+            if not on_rank_zero(step_folder(self.folder, self.step).exists):
                 self.save()
                 self.saver.wait()
 
@@ -344,12 +345,12 @@ class Trainer:
             return
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
-        stop = self.loader.samples_consumed
+        first, stop = map(self.loader.batch_sizes.samples, (self.step - 1, self.step))
         spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         log.warning(
             "step %d skipped on all ranks, %s: loss %s, gradient norm %s (samples %d to %d)",
             self.step, f"a spike over {self.config.train.spike_sigma:g} sigma" if spike else "not finite",
-            result.loss, result.grad_norm, stop - self.config.train.global_batch_size, stop - 1,
+            result.loss, result.grad_norm, first, stop - 1,
         )  # fmt: skip
         if self._skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise TrainingError(
@@ -358,9 +359,9 @@ class Trainer:
                 f"lower optimizer.lr ({self.config.optimizer.lr}) or look at the samples named above"
             )
 
-    def _write_metrics(self, result: StepResult, lr: float, text_bytes: int, data_wait: float) -> None:
+    def _write_metrics(self, result: StepResult, lr: float, text_bytes: int, data_wait: float, places: int) -> None:
         rate = self._speed.tokens_per_second
-        achieved = rate * self.cost.train_flops
+        achieved = places / max(self._speed.seconds_per_step, 1e-9) * self._train_flops
         routers = result.routers
         count = max(len(routers), 1)
         self.metrics.write(
@@ -386,6 +387,7 @@ class Trainer:
                 "expert_load": {layer: router["load"] for layer, router in routers.items()},
                 "router_entropy": {layer: router["entropy"] for layer, router in routers.items()},
                 **self.account.record(),
+                **({"divergence": result.divergence} if self.config.distil else {}),
             }
         )
 

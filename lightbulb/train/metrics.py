@@ -6,8 +6,9 @@ A record is a mapping with ``kind`` and ``step``; every other key is written as 
            clip_coefficient, skipped_steps, tokens_per_second, data_wait (share of the step's time spent waiting for
            batches), flops_per_second, peak_flops, mfu, memory_gib, eta_seconds,
            expert_load {layer: [share of each expert]}, router_entropy {layer: value},
-           domain_tokens {domain: tokens so far}, group_epochs {group: passes so far} (of at most 64 groups)
-    outer  number (of the round), sent and received (bytes over all ranks), waited, seconds: branches brought together
+           domain_tokens {domain: tokens so far}, group_epochs {group: passes so far} (of at most 64 groups),
+           divergence (nats/token, from soft targets, where there are some)
+    outer  number (of the round), tokens (so far), sent and received (bytes over all ranks), waited, seconds
     eval   held_out_loss, held_out_bpb, domain_loss {domain: value}, domain_bpb {domain: value}
 
 Numbers that are not finite are written as null, so that every line is JSON. A train record whose experts are dead

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lightbulb.config import Config, ConfigError
+from lightbulb.models.language import LanguageConfig
 
 
 class SyncConfig(Config):
@@ -52,6 +53,12 @@ class OuterConfig(SyncConfig):
         if self.branch >= self.branches:
             raise ValueError(f"outer.branch {self.branch}: there are {self.branches}, counted from 0")
         return self
+
+
+def parameter_names(model: LanguageConfig) -> list[str]:
+    """All of a model's, whatever rank holds them."""
+    with torch.device("meta"):
+        return [name for name, _ in model.build().named_parameters()]
 
 
 def trunk_names(names: Iterable[str], local: Sequence[str]) -> list[str]:

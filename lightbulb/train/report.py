@@ -6,7 +6,6 @@ with; and ``samples.json`` if it is there, a list of ``{"prompt": ..., "text": .
 The page needs no other file and no network.
 """
 
-import base64
 import html
 import json
 import math
@@ -18,14 +17,14 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
-from lightbulb.folder import explained, write_atomically
+from lightbulb.folder import write_atomically
 from lightbulb.train.metrics import DEAD_BELOW, OVERLOADED_ABOVE, read_metrics
+from lightbulb.train.page import BLUE, GREEN, GREY, ORANGE, image, page, save_figure, section, style
 
 Records = Sequence[Mapping[str, Any]]
 
-BLUE, ORANGE, GREEN, GREY = "#2f6fde", "#e07b1a", "#2a9d6f", "#7a8699"
 MAX_POINTS = 1500
 """Longer curves are averaged in bins: a picture has no more columns."""
 SMOOTHING_STEPS = 50
@@ -49,15 +48,15 @@ def write_report(run: Path) -> Path:
         raise ValueError(f"{run}: metrics.jsonl has no training step yet; run the report after the first one")
     summary = _read_json(run / "summary.json", {})
     samples = _read_json(run / "samples.json", [])
-    pictures = {"Loss": _save(_loss_figure(train, held_out), run / "loss.png")}
+    pictures = {"Loss": save_figure(_loss_figure(train, held_out), run / "loss.png")}
     if any(len(record.get("domain_bpb") or {}) > 1 for record in held_out):
-        pictures["Domains"] = _save(_domains_figure(held_out), run / "domains.png")
+        pictures["Domains"] = save_figure(_domains_figure(held_out), run / "domains.png")
     if any(record.get("expert_load") for record in train):
-        pictures["Experts"] = _save(_experts_figure(train), run / "experts.png")
-    pictures["Throughput"] = _save(_throughput_figure(train), run / "throughput.png")
-    page = run / "report.html"
-    write_atomically(page, _page(run.resolve().name, train, held_out, summary, samples, pictures))
-    return page
+        pictures["Experts"] = save_figure(_experts_figure(train), run / "experts.png")
+    pictures["Throughput"] = save_figure(_throughput_figure(train), run / "throughput.png")
+    path = run / "report.html"
+    write_atomically(path, _page(run.resolve().name, train, held_out, summary, samples, pictures))
+    return path
 
 
 def _read_json(path: Path, missing: Any) -> Any:
@@ -70,12 +69,6 @@ def _read_json(path: Path, missing: Any) -> Any:
     if not isinstance(value, type(missing)):
         raise ValueError(f"{path}: expected a JSON {type(missing).__name__}, found {type(value).__name__}")
     return value
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    with explained(path):
-        figure.savefig(path, dpi=130, facecolor="white")
-    return path
 
 
 def _series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -124,12 +117,12 @@ def _loss_figure(train: Records, held_out: Records) -> Figure:
     if len(eval_steps):
         upper.plot(eval_steps, eval_losses, color=ORANGE, marker="o", markersize=4, linewidth=1.4, label="held out")
     upper.legend(frameon=False)
-    _style(upper, "Loss", "nats per token")
+    style(upper, "Loss", "nats per token")
     rate_steps, rates = _series(train, "lr")
     lower.plot(_binned(rate_steps), _binned(rates), color=GREEN, linewidth=1.6)
     lower.set_ylim(bottom=0)
     lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _style(lower, "Learning rate", "")
+    style(lower, "Learning rate", "")
     lower.set_xlabel("step")
     return figure
 
@@ -144,7 +137,7 @@ def _domains_figure(held_out: Records) -> Figure:
         colour = colormaps["turbo"](0.08 + 0.84 * number / max(1, len(domains) - 1))
         axis.plot(steps, bits, color=colour, marker="o", markersize=3, linewidth=1.4, label=domain)
     axis.legend(frameon=False, fontsize=8, ncols=max(1, len(domains) // 8))
-    _style(axis, "Held-out bits per byte, by domain", "bits per byte")
+    style(axis, "Held-out bits per byte, by domain", "bits per byte")
     axis.set_xlabel("step")
     return figure
 
@@ -185,7 +178,7 @@ def _draw_load(axis: Axes, layer: str, records: Records) -> None:
     if top > OVERLOADED_ABOVE:
         axis.axhline(OVERLOADED_ABOVE, color="crimson", linewidth=1, linestyle=":")
     axis.set_ylim(0, top)
-    _style(axis, f"layer {layer} · {num_experts} experts", "")
+    style(axis, f"layer {layer} · {num_experts} experts", "")
 
 
 def _throughput_figure(train: Records) -> Figure:
@@ -201,46 +194,9 @@ def _throughput_figure(train: Records) -> Figure:
         axis.legend(frameon=False, loc="lower right")
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    _style(axis, "Throughput", "tokens per second")
+    style(axis, "Throughput", "tokens per second")
     axis.set_xlabel("step")
     return figure
-
-
-def _style(axis: Axes, title: str, label: str) -> None:
-    axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    axis.set_ylabel(label)
-    axis.grid(color="#e4e8ee", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color("#b8c0cc")
-    axis.margins(x=0.01)
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10], integer=True))
-
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, sans-serif; color: #1d2530; background: #f5f7fa; margin: 0; }
-main { max-width: 960px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { margin: 0; font-size: 1.9rem; overflow-wrap: anywhere; }
-h2 { margin: 0 0 .8rem; font-size: 1.15rem; }
-.lead { color: #55606f; margin: .3rem 0 1.8rem; }
-section { background: white; border: 1px solid #e2e7ee; border-radius: 10px; padding: 1.2rem 1.4rem; }
-section + section { margin-top: 1.2rem; }
-img { width: 100%; height: auto; display: block; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid #edf0f4; vertical-align: top; }
-th { font-weight: 500; color: #55606f; }
-td { overflow-wrap: anywhere; }
-tr:last-child > * { border-bottom: 0; }
-.number { text-align: right; white-space: nowrap; width: 5rem; }
-.bars td:last-child { width: 52%; padding-right: 0; }
-.bar { display: block; height: .95rem; border-radius: 3px; background: #c3cbd6; }
-.own th, .own td { font-weight: 700; color: #2f6fde; }
-.own .bar { background: #2f6fde; }
-.alarm { color: #a33; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f7fa; border-radius: 6px; padding: .9rem; }
-pre b { color: #2f6fde; }
-"""
 
 
 def _page(
@@ -257,29 +213,13 @@ def _page(
         lead += f", {last['tokens']:,} tokens"
     sections = [
         _bars(_own_bits(held_out, summary), summary.get("baselines") or {}),
-        *(_section(title, _image(title, path)) for title, path in pictures.items()),
+        *(section(title, image(f"{title} over the steps of the run", path)) for title, path in pictures.items()),
         _domains(last, held_out),
         _facts(last, summary),
         _alarms(train),
         _samples(samples),
     ]
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(name)} · LightBulb</title><style>{STYLE}</style></head>\n"
-        f'<body><main>\n<h1>{html.escape(name)}</h1><p class="lead">{lead}</p>\n'
-        + "\n".join(section for section in sections if section)
-        + "\n</main></body>\n</html>\n"
-    )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
-
-
-def _image(title: str, path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img alt="{html.escape(title)} over the steps of the run" src="data:image/png;base64,{data}">'
+    return page(name, lead, sections)
 
 
 def _own_bits(held_out: Records, summary: Mapping[str, Any]) -> Any:
@@ -296,7 +236,7 @@ def _bars(own: Any, baselines: Mapping[str, Any]) -> str:
     rows.sort(key=lambda row: row[1])
     widest = rows[-1][1] or 1.0
     body = "".join(_bar(name, bits, bits / widest, is_own) for name, bits, is_own in rows)
-    return _section("Held-out bits per byte (less is better)", f'<table class="bars">{body}</table>')
+    return section("Held-out bits per byte (less is better)", f'<table class="bars">{body}</table>')
 
 
 def _bar(name: str, bits: float, width: float, is_own: bool) -> str:
@@ -320,7 +260,7 @@ def _domains(last: Mapping[str, Any], held_out: Records) -> str:
         body += f"<tr><th>{html.escape(name)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     epochs = ", ".join(f"{name} {_text(value)}" for name, value in (last.get("group_epochs") or {}).items())
     below = f"<p>Epochs: {html.escape(epochs)}.</p>" if epochs else ""
-    return _section("Domains", f"<table>{body}</table>{below}")
+    return section("Domains", f"<table>{body}</table>{below}")
 
 
 def _facts(last: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
@@ -330,7 +270,7 @@ def _facts(last: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(_text(value))}</td></tr>"
         for key, value in [*_flat(shown), *((f"last step: {key}", value) for key, value in final.items())]
     )
-    return _section("Run facts", f"<table>{body}</table>")
+    return section("Run facts", f"<table>{body}</table>")
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -363,7 +303,7 @@ def _alarms(train: Records) -> str:
         return ""
     rows = "".join(f"<tr><th>step {step:,}</th><td>{html.escape(text)}</td></tr>" for step, text in told[-30:])
     title = "Router alarms" if len(told) <= 30 else f"Router alarms (the last 30 of {len(told)})"
-    return _section(title, f'<table class="alarm">{rows}</table>')
+    return section(title, f'<table class="alarm">{rows}</table>')
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -371,4 +311,4 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
         f"<pre><b>{html.escape(str(sample.get('prompt', '')))}</b>{html.escape(str(sample.get('text', '')))}</pre>"
         for sample in samples
     )
-    return _section("Samples (prompt in bold)", body) if body else ""
+    return section("Samples (prompt in bold)", body) if body else ""

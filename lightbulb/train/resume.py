@@ -27,11 +27,14 @@ RULES = {
     "model": Rule.FIXED,
     "seed": Rule.FIXED,
     "data.shuffle": Rule.FIXED,
+    "data.part": Rule.FIXED,
     "train.global_batch_size": Rule.FIXED,
     "train.precision": Rule.FIXED,
+    "train.trainable": Rule.FIXED,  # what was frozen has no moments; start_from another run goes on with another choice
     "optimizer": Rule.SAID,  # also the betas: a lower learning rate or other betas are how spikes are cured
     "schedule": Rule.SAID,
     "train.steps": Rule.SAID,  # the schedule counts in fractions of it
+    "train.batch_stages": Rule.SAID,  # those that have begun are held to what they were, by the samples read
     "train.max_skipped_steps": Rule.SAID,
     "train.kernels": Rule.SAID,  # the same function, rounded otherwise
     "data.document_mask": Rule.SAID,
@@ -39,8 +42,8 @@ RULES = {
     "data.stages": Rule.SAID,
     "data.path": Rule.SAID,  # the same corpus elsewhere: its digest is compared when the loader resumes
     "run": Rule.FREE,
-    "start_from": Rule.FREE,  # where weights came from before there was a checkpoint
     "start_from_moments": Rule.FREE,
+    "start_from": Rule.FREE,  # where weights came from before there was a checkpoint
     "outer": Rule.FIXED,  # rounds are counted by it
     "outer.lr": Rule.SAID,
     "outer.momentum": Rule.SAID,
@@ -57,7 +60,7 @@ MAX_NAMED = 8
 
 
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
-    """Compare with the config the checkpoint was trained with.
+    """Compare with the config the checkpoint was trained with; of a conversion's, only the model is given.
 
     Returns:
         one sentence per change that is allowed and worth saying.
@@ -66,11 +69,14 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
         CheckpointError: some changes are not allowed; all of them are named with both values.
     """
     before, now = flatten(_completed(checkpoint.state.config)), flatten(config.model_dump(mode="json"))
+    untrained = checkpoint.state.is_untrained
     said, refused = [], []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old == new or (key == "train.precision" and new == "auto"):
             continue
+        if untrained and not key.startswith("model."):
+            continue  # no step was taken with it
         rule = rule_of(key)
         if rule is Rule.FIXED:
             refused.append(f"{key} = {old}, this config has {new}")
@@ -82,6 +88,7 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
             f"{checkpoint.folder}: trained with {'; '.join(refused[:MAX_NAMED])}{more}; use the run's own config.yaml, "
             "or another run folder for the changed one"
         )
+    _check_samples(checkpoint, config)
     return said
 
 
@@ -93,6 +100,18 @@ def settle_precision(config: RunConfig, checkpoint: Checkpoint | None, device: t
         if checkpoint is not None:
             precision = checkpoint.state.config["train"]["precision"]
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+def _check_samples(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Whether the batch sizes up to the checkpoint are those it was trained with."""
+    state = checkpoint.state
+    read, wanted = state.loader.get("samples_consumed"), config.batch_sizes().samples(state.step)
+    if not state.is_untrained and read != wanted:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {read} contexts were read up to step {state.step}, with this config's "
+            f"train.batch_stages it would be {wanted}; only stages after that step may change (a start that is a step "
+            "stays where it is when train.steps changes)"
+        )
 
 
 def rule_of(key: str) -> Rule:

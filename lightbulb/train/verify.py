@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lightbulb.config import ConfigError, build_config
+from lightbulb.data.batches import BatchSizes
 from lightbulb.data.config import DataError
 from lightbulb.data.corpus import Corpus
 from lightbulb.data.loader import TrainLoader
@@ -112,16 +113,24 @@ def _check_checkpoint(folder: Path) -> tuple[CheckpointReport, TrainState | None
 def _check_ledger(run: Path, state: TrainState) -> LedgerCheck:
     """Up to the newest good checkpoint; what was trained after it is not saved yet."""
     try:
-        size = state.config["train"]["global_batch_size"]
+        sizes = _batch_sizes(state)
         consumed = 0 if state.is_untrained else state.loader["samples_consumed"]
         check = check_ledger(
-            run, state.step, size, state.loader.get("groups"), state.loader.get("plain_samples", consumed)
+            run, state.step, sizes, state.loader.get("groups"), state.loader.get("plain_samples", consumed)
         )
     except (KeyError, TypeError) as error:
         return LedgerCheck(state.step, problems=[f"{run}: the checkpoint's state lacks {error}"])
-    if consumed != state.step * size:
-        check.problems.append(f"{run}: {consumed} samples consumed after {state.step} steps of {size}")
+    if consumed != (wanted := sizes.samples(state.step)):
+        check.problems.append(f"{run}: {consumed} samples consumed after {state.step} steps of {wanted} together")
     return check
+
+
+def _batch_sizes(state: TrainState) -> BatchSizes:
+    """Those of the config that a checkpoint was written with."""
+    train = state.config["train"]
+    if not train.get("batch_stages"):  # as in every config from before there were any
+        return BatchSizes(train["global_batch_size"])
+    return build_config(RunConfig, state.config).batch_sizes()
 
 
 def _check_data(run: Path, state: TrainState) -> DataReport:
@@ -147,9 +156,9 @@ def open_loader(config: RunConfig, state: TrainState) -> TrainLoader:
     Raises:
         DataError: the corpus is not the one that the run was trained on.
     """
-    model, size = config.model, config.train.global_batch_size
+    model, sizes = config.model, config.batch_sizes()
     loader = TrainLoader(
-        config.data, model.context_length, model.vocab_size, config.seed, size, size, mixtures=config.mixtures()
+        config.data, model.context_length, model.vocab_size, config.seed, sizes, 1, mixtures=config.mixtures()
     )
     loader.load_state_dict(state.loader)
     return loader

@@ -63,6 +63,11 @@ def test_bytes_cut_inside_a_letter_are_exact(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids[:1]) == "\ufffd"
 
 
+def test_ids_that_are_no_tokens_stand_for_nothing(tokenizer: Tokenizer) -> None:
+    [ids] = tokenizer.encode_batch(["a"])
+    assert tokenizer.decode_bytes([tokenizer.vocab_size, *ids, tokenizer.vocab_size + 100]) == b"a"
+
+
 def test_newline_and_indentation_are_one_token(tokenizer: Tokenizer) -> None:
     [ids] = tokenizer.encode_batch(["x\n    y"])
     assert [tokenizer.decode_bytes([i]) for i in ids] == [b"x", b"\n    ", b"y"]

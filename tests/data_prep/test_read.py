@@ -63,6 +63,21 @@ def test_text_folder_is_read_in_order_and_drops_are_named(tmp_path: Path) -> Non
     assert list(documents.items()) == [("a.txt", "with mark"), ("b/good.txt", "two\r\nlines")]
     assert counts.dropped == {"empty": 1, "not_utf8": 1, "not_text": 2}
     assert counts.first_dropped == {"empty": "empty.txt", "not_utf8": "latin.txt", "not_text": "nul.txt"}
+    assert counts.examples["not_utf8"] == [{"path": "latin.txt", "text": "caf\ufffd"}]
+    assert [example["path"] for example in counts.examples["not_text"]] == ["nul.txt", "utf16.txt"]
+    assert counts.examples["not_text"][0]["text"] == "a\ufffdb"
+
+
+def test_a_few_examples_of_each_reason_are_kept_over_all_tasks() -> None:
+    tasks = [Counts(), Counts()]
+    for number in range(12):
+        tasks[number // 4 % 2].drop("too_short", f"{number}.txt", f"text\nof {number} " + "x" * 200)
+    together = Counts()
+    for task in tasks:
+        together.add(task.to_json())
+    shown = together.examples["too_short"]
+    assert [example["path"] for example in shown] == ["0.txt", "1.txt", "2.txt", "3.txt", "8.txt"]
+    assert shown[0]["text"] == "text of 0 " + "x" * 70 and together.dropped == {"too_short": 12}
 
 
 @pytest.mark.parametrize(

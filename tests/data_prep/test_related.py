@@ -47,8 +47,8 @@ def corpus_config(folder: Path, texts: list[str], **changes: Any) -> CorpusConfi
     return build_config(CorpusConfig, values | changes)
 
 
-def dropped(config: CorpusConfig) -> dict[str, int]:
-    return preprocess(config).manifest["sources"][0]["dropped"]
+def source_of(config: CorpusConfig) -> dict[str, Any]:
+    return preprocess(config).manifest["sources"][0]
 
 
 def test_planted_duplicates_are_counted_exactly(tmp_path: Path) -> None:
@@ -56,8 +56,11 @@ def test_planted_duplicates_are_counted_exactly(tmp_path: Path) -> None:
     originals = [document(rng, rng.choice(list(SUBJECTS))) for _ in range(60)]
     near = [text.replace(" ", "  ", 5).upper() for text in originals[:7]]  # other bytes, the same words
     edited = [text + " zebra" for text in originals[10:14]]
-    found = dropped(corpus_config(tmp_path, originals + originals[:9] + near + edited, deduplicate={"near": {}}))
-    assert found == {"duplicate": 9, "near_duplicate": 11}
+    found = source_of(corpus_config(tmp_path, originals + originals[:9] + near + edited, deduplicate={"near": {}}))
+    assert found["dropped"] == {"duplicate": 9, "near_duplicate": 11}
+    for reason, first in (("duplicate", 61), ("near_duplicate", 70)):  # lines count from 1
+        pairs = [{"path": f"texts.jsonl:{first + i}", "kept": f"texts.jsonl:{1 + i}"} for i in range(5)]
+        assert found["examples"][reason] == pairs
 
 
 def test_evaluation_texts_are_found(tmp_path: Path) -> None:
@@ -70,6 +73,9 @@ def test_evaluation_texts_are_found(tmp_path: Path) -> None:
     manifest = preprocess(corpus_config(tmp_path, texts, decontaminate={"sources": against})).manifest
     assert manifest["sources"][0]["dropped"] == {"contaminated": 2}
     assert manifest["sources"][0]["first_dropped"]["contaminated"] == "texts.jsonl:4"
+    most, least = manifest["sources"][0]["examples"]["contaminated"]
+    assert (most["path"], least["path"]) == ("texts.jsonl:9", "texts.jsonl:4")
+    assert most["share"] > 0.8 > least["share"] > 0
 
 
 def test_other_evaluation_texts_make_another_corpus(tmp_path: Path) -> None:

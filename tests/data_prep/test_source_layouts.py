@@ -105,6 +105,14 @@ def test_fineweb_edu(tmp_path: Path) -> None:
     assert found[0].path == "CC-MAIN-2024-10/train-00000-of-00001.parquet:<urn:uuid:1>"
 
 
+def test_pairs(tmp_path: Path) -> None:
+    put(tmp_path / "train.jsonl", lines({"question": "1 + 1?", "answer": "It is 2."}))
+    [document] = read("pairs", f"sources.0.path={tmp_path}")
+    assert document.text == "user:\n1 + 1?\n\nassistant:\nIt is 2."
+    (begin, end) = document.answers
+    assert document.text[begin:end] == "It is 2."
+
+
 def test_redpajama(tmp_path: Path) -> None:
     put(tmp_path / "arxiv" / "a.jsonl", lines({"text": WORDS, "meta": {"url": "x"}}))
     put(tmp_path / "c4" / "b.jsonl.zst", zstandard.ZstdCompressor().compress(lines({"text": WORDS}).encode()))

@@ -3,12 +3,14 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import multiprocess
 import pytest
 from rich.progress import Progress
 
@@ -21,7 +23,7 @@ from lightbulb.folder import FolderError
 
 @dataclass(frozen=True)
 class Squares(Step):
-    """One task per number; ``fault`` names what goes wrong at the number 2."""
+    """One task per number; ``fault`` names what goes wrong at the number 2, and 4 then takes long."""
 
     numbers: tuple[int, ...]
     factor: int = 1
@@ -43,6 +45,8 @@ class Squares(Step):
             raise ValueError("two is one too many")
         if number == 2 and self.fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if number == 4 and self.fault:
+            time.sleep(120)
         heavy = sorted({"torch", "streaming", "transformers"} & sys.modules.keys())
         return {"pid": os.getpid(), "threads": task.threads, "heavy": heavy}
 
@@ -95,10 +99,11 @@ def test_tasks_in_other_processes(tmp_path: Path) -> None:
     [("raise", "squares: ValueError: two is one too many"), ("die", r"squares: worker \d+ was killed")],
 )
 def test_failures_in_other_processes_are_told(tmp_path: Path, fault: str, message: str) -> None:
-    begin = time.monotonic()
+    begin, threads = time.monotonic(), threading.enumerate()
     with pytest.raises(ExecutorError, match=message):
-        work_in(tmp_path / "w", workers=2).run(Squares((1, 2, 3, 4), fault=fault))
+        work_in(tmp_path / "w", workers=2).run(Squares((1, 4, 2, 3), fault=fault))
     assert time.monotonic() - begin < 60
+    assert threading.enumerate() == threads and not multiprocess.active_children()  # or the command might never end
     assert squares(work_in(tmp_path / "w", workers=2).run(Squares((1, 2, 3, 4)))) == [1, 4, 9, 16]
     assert not list((tmp_path / "w" / "squares").glob(".*"))
 

@@ -18,7 +18,7 @@ from lightbulb.parallel.workers import RankPool
 from lightbulb.train.checkpoint import load_into, newest_checkpoint, start_from
 
 sys.path.append(str(Path(__file__).parent.parent / "experts"))
-from dense_runs import MODEL, make_run, model_of  # noqa: E402
+from dense_runs import MODEL, make_run, make_warm_run, model_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +85,39 @@ def test_losses_are_those_of_one_process(ranks: RankPool, mixture: Path, layout:
     assert alone[0] == pytest.approx(float(losses[batch.labels != IGNORE].mean()), abs=1e-5)
     for found in ranks.run(2, losses_on, mixture, ParallelConfig(**{"data": 1} | layout), resume):  # type: ignore[arg-type]
         assert found == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A dense run with moments, and the mixture of one expert that it is."""
+    folder = tmp_path_factory.mktemp("warm")
+    dense = make_warm_run(folder, MODEL)
+    router = {"top_k": 1, "normalizer_gradient": False, "balance_loss": 0.0}
+    values = {"run": str(folder / "moe"), "method": "sparse", "num_experts": 1, "router": router, "moments": "keep"}
+    values |= {"router_start": {"std": 1e-9}}  # whose gradient would reach the model
+    upcycle(build_config(UpcycleConfig, values | {"sources": [{"path": str(dense)}]}))
+    return dense, folder / "moe"
+
+
+def losses_after(rank: int, run: Path, parallel: ParallelConfig, keeps: bool) -> list[float]:
+    """Losses of four steps of a run that starts from another."""
+    trial = trial_of(run, parallel)
+    engine = Engine(trial.model, parallel, trial.optimizer, "fp32", 99, torch.device("cpu"))
+    checkpoint, _ = newest_checkpoint(run)
+    assert checkpoint is not None
+    start_from(engine, checkpoint, with_moments=keeps)
+    found = [engine.train_step(_my_batches(engine, trial, 0), 1e-3).loss for _ in range(4)]
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"data": 2}], ids=str)
+def test_a_mixture_goes_on_warm(ranks: RankPool, warm: tuple[Path, Path], layout: dict[str, int]) -> None:
+    """One expert is the dense model: its losses go on as the dense run's own would, which they do not from zero."""
+    dense, moe = warm
+    alone = ranks.run(1, losses_after, dense, ParallelConfig(data=1), True)[0]
+    parallel = ParallelConfig(**{"data": 1} | layout)  # type: ignore[arg-type]
+    for found in ranks.run(parallel.copies * (parallel.data or 1), losses_after, moe, parallel, True):
+        assert found == pytest.approx(alone, abs=1e-4)
+    cold = ranks.run(1, losses_after, moe, ParallelConfig(data=1), False)[0]
+    assert cold[0] == pytest.approx(alone[0], abs=1e-5) and abs(cold[-1] - alone[-1]) > 1e-3

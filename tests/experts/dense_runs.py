@@ -40,16 +40,36 @@ def make_run(folder: Path, model: dict[str, Any], seed: int = 0, drift: float = 
     return write_run(folder, model, values)
 
 
-def write_run(folder: Path, model: dict[str, Any], values: dict[str, torch.Tensor]) -> Path:
-    """Write a run with these logical tensors."""
+def write_run(
+    folder: Path,
+    model: dict[str, Any],
+    values: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor] | None = None,
+    updates: int = 0,
+) -> Path:
+    """Write a run with these logical tensors, and with moments (``NAME:exp_avg``) that have seen so many updates."""
     config = build_config(RunConfig, {
         "run": str(folder), "model": model, "data": {"path": "data/none"},
         "train": {"steps": 2, "global_batch_size": 8, "micro_batch_size": 1, "precision": "fp32"},
     })  # fmt: skip
-    pieces = [whole(name, tuple(v.shape), partial(torch.clone, v)) for name, v in values.items()]
     folder.mkdir(parents=True)
-    run_folder.write_run(folder, config, pieces, None)
+    run_folder.write_run(folder, config, pieces_of(values), None, pieces_of(moments or {}), updates)
     return folder
+
+
+def pieces_of(values: dict[str, torch.Tensor]) -> list[run_folder.Piece]:
+    return [whole(name, tuple(v.shape), partial(torch.clone, v)) for name, v in values.items()]
+
+
+def make_warm_run(folder: Path, model: dict[str, Any], seed: int = 0, updates: int = 20) -> Path:
+    """As :func:`make_run`, with moments of about the gradients' size."""
+    values = tensors(make_run(folder / "cold", model, seed))
+    generator = torch.Generator().manual_seed(seed)
+    moments = {}
+    for name, value in values.items():
+        gradient = 0.01 * torch.randn(value.shape, generator=generator)
+        moments |= {f"{name}:exp_avg": gradient, f"{name}:exp_avg_sq": 2 * gradient.square() + 1e-6}
+    return write_run(folder / "warm", model, values, moments, updates)
 
 
 def model_of(run: Path, config: LanguageConfig | None = None) -> LanguageModel:

@@ -4,15 +4,27 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from training_runs import STEPS, TRAIN, losses, reached, wait_for
 
 from lightbulb.config import ConfigError, build_config
-from lightbulb.experts.jobs import JobError, JobsConfig, JobsStopped, command, environment, is_complete, run_jobs
+from lightbulb.experts.jobs import (
+    JobError,
+    JobsConfig,
+    JobsStopped,
+    command,
+    environment,
+    is_complete,
+    run_jobs,
+    wait_until_free,
+)
+from lightbulb.folder import claim
 
 
+@pytest.mark.slow
 def test_runs_fail_by_themselves_and_complete_ones_are_skipped(run_file, tmp_path: Path, capfd) -> None:
     paths = [
         run_file("a"),
@@ -58,6 +70,23 @@ def test_commands_follow_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
         build_config(JobsConfig, {"hostfiles": ["a"], "at_once": 2})
 
 
+def test_a_run_that_is_still_saving_is_waited_for(tmp_path: Path) -> None:
+    held = threading.Event()
+
+    def save() -> None:
+        with claim(tmp_path / "run"):
+            held.set()
+            time.sleep(0.6)
+
+    threading.Thread(target=save).start()
+    held.wait()
+    began = time.monotonic()
+    wait_until_free([tmp_path / "run", tmp_path / "none"], lambda: False)
+    assert 0.3 < time.monotonic() - began < 30 and not (tmp_path / "none").exists()
+    with claim(tmp_path / "run"):
+        wait_until_free([tmp_path / "run"], lambda: False, seconds=0.1)  # not for ever
+
+
 @pytest.mark.slow
 def test_a_signal_reaches_every_run_which_saves_and_goes_on_later(run_file, tmp_path: Path) -> None:
     long = TRAIN | {"steps": 100_000, "eval_every": 0, "save_every": 0}
@@ -74,3 +103,11 @@ def test_a_signal_reaches_every_run_which_saves_and_goes_on_later(run_file, tmp_
         last = max(losses(tmp_path / name))
         assert (tmp_path / name / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
     assert not (tmp_path / "c").exists()  # no run is started after the signal
+
+
+@pytest.mark.slow
+def test_runs_of_several_ranks_are_started_by_the_launcher(run_file, tmp_path: Path) -> None:
+    paths = [run_file("a"), run_file("b")]
+    run_jobs(paths, JobsConfig(ranks=2, restarts=1))
+    for name in ("a", "b"):
+        assert "DP2" in (tmp_path / name / "summary.json").read_text()

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_runs import MODEL, make_run, model_of, tensor
+from dense_runs import MODEL, make_run, model_of, tensor, write_run
 
-from lightbulb.config import ConfigError, build_config
+from lightbulb.config import ConfigError, build_config, read_yaml, save_config
+from lightbulb.data.config import MixtureConfig
+from lightbulb.data.corpus import Corpus
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.data_prep.pipeline import preprocess
@@ -17,6 +19,8 @@ from lightbulb.experts.receipt import RECEIPT, read_receipt, watching_routers
 from lightbulb.experts.router_start import balanced
 from lightbulb.experts.upcycle import upcycle
 from lightbulb.experts.upcycle_config import SourceConfig, UpcycleConfig
+from lightbulb.models.language import LanguageConfig
+from lightbulb.train.config import RunConfig
 
 SIGNS = ["0123456789 ", "abcdefgh ", "QRSTUVWX "]
 WIDE = MODEL | {"vocab_size": 300, "dim": 32}
@@ -162,3 +166,95 @@ def test_balanced_rows_spread_tokens_that_all_chose_one_expert(experts, top_k):
     assert 0.5 / experts < after.min() <= after.max() < 1.5 / experts
     shift = balanced(rows, x, weights, top_k, 1e-2) - rows
     assert torch.linalg.matrix_rank(shift) == 1  # of one direction: what makes experts differ is as it was
+
+
+@pytest.fixture(scope="module")
+def clustered(domains, tmp_path_factory) -> Path:
+    """The three domains in one corpus."""
+    folder = tmp_path_factory.mktemp("clustered")
+    texts = [
+        {"type": "text", "domain": f"d{i}", "path": str(path.parent / f"text-{i}")} for i, path in enumerate(domains)
+    ]
+    values = {
+        "output": str(folder / "corpus"), "context_length": WIDE["context_length"], "held_out_fraction": 0.2,
+        "tokenizer": {"path": str(domains[0] / "tokenizer.json")}, "sources": texts,
+    }  # fmt: skip
+    preprocess(build_config(CorpusConfig, values))
+    return folder / "corpus"
+
+
+def one_domain(number: int) -> dict:
+    return {"mixture": {"weights": {f"d{number}": 1}}}
+
+
+def test_a_source_may_be_one_cluster_of_a_corpus(tmp_path, domains, clustered):
+    """Branches of one corpus: each has the text of its own mixture, as if that were a corpus."""
+    sources = [
+        source | {"text": str(clustered)} | one_domain(i) for i, source in enumerate(branches(tmp_path, domains))
+    ]
+    out = mixed(tmp_path, sources, "closed_form")
+    for loads in loads_by_domain(out, domains).values():
+        assert loads.diagonal().mean() > 0.85
+
+
+def test_a_branch_has_the_text_of_its_own_runs_mixture(tmp_path, domains, clustered):
+    sources = branches(tmp_path, domains)
+    for number, source in enumerate(sources):
+        del source["text"]
+        file = Path(source["path"]) / "config.yaml"
+        values = read_yaml(file) | {"data": {"path": str(clustered)} | one_domain(number)}
+        save_config(build_config(RunConfig, values), file)
+    out = mixed(tmp_path, sources, "closed_form")
+    for loads in loads_by_domain(out, domains).values():
+        assert loads.diagonal().mean() > 0.85
+
+
+def test_shares_of_a_mixture_are_kept(domains, clustered):
+    tokenizer, model = Tokenizer.load(clustered / "tokenizer.json"), build_config(LanguageConfig, WIDE)
+    source = SourceConfig(path=clustered, text=clustered, mixture=MixtureConfig(weights={"d0": 3, "d2": 1}))
+    contexts = contexts_of(source, None, clustered / "tokenizer.json", model, 20 * WIDE["context_length"])
+    letters = tokenizer.decode([i for ids in contexts for i in ids])
+    counts = [sum(letter in signs.strip() for letter in letters) for signs in SIGNS]
+    assert len(contexts) == 20 and len(set(map(tuple, contexts))) == 20
+    assert counts[1] == 0 and counts[0] / counts[2] == pytest.approx(3, rel=0.25)
+
+
+def test_sources_with_the_same_text_are_refused(tmp_path, domains):
+    sources = [source | {"text": str(domains[0])} for source in branches(tmp_path, domains)]
+    with pytest.raises(ConfigError, match=r"sources\.1 has the same text as sources\.0"):
+        mixed(tmp_path, sources, "centroid")
+
+
+def trained(run: Path, out: Path, texts: list[torch.Tensor], steps: int) -> Path:
+    """A run's model after a few steps on rows of these texts in turn."""
+    model = model_of(run).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        rows = texts[step % len(texts)]
+        loss = model(rows[:, :-1], rows[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return write_run(out, WIDE, {name: parameter.detach() for name, parameter in model.named_parameters()})
+
+
+def rows_of(corpus: Path, split: str) -> torch.Tensor:
+    found = Corpus(corpus, split, WIDE["context_length"], WIDE["vocab_size"])
+    return torch.stack([torch.from_numpy(found[row].tokens) for row in range(len(found))])[:64]
+
+
+def test_trained_branches_start_better_with_learned_routers(tmp_path, domains):
+    """Held-out loss of the mixture before any step of its own."""
+    texts = [rows_of(corpus, "train") for corpus in domains]
+    seed = trained(make_run(tmp_path / "init", WIDE), tmp_path / "seed", texts, 30)
+    sources = []
+    for number, corpus in enumerate(domains):
+        branch = trained(seed, tmp_path / f"b{number}", texts[number : number + 1], 30)
+        shutil.copyfile(corpus / "tokenizer.json", branch / "tokenizer.json")
+        sources.append({"path": str(branch), "text": str(corpus)})
+    held_out = torch.cat([rows_of(corpus, "held_out")[:16] for corpus in domains])
+    losses = {}
+    for kind in ("random", "centroid", "closed_form"):
+        moe = model_of(mixed(tmp_path / kind, sources, kind))
+        losses[kind] = float(moe(held_out[:, :-1], held_out[:, 1:]).mean())
+    assert max(losses["centroid"], losses["closed_form"]) < losses["random"] - 0.05, losses

@@ -116,7 +116,7 @@ def test_mergekit_files_that_say_something_else_are_refused(tmp_path, changes, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "fuse"}, "method"),
+        ({"method": "average"}, "method"),
         ({"method": "sparse"}, "makes experts of one model, sources has 2"),
         ({"num_experts": 3}, "num_experts 3 is not a multiple of the 2 sources"),
         ({"router": {"top_k": 3}}, "router.top_k 3 exceeds the 2 experts"),

@@ -15,6 +15,7 @@ from lightbulb.data_prep.pipeline import preprocess
 from lightbulb.launcher import ledger, verify
 from lightbulb.train.history import History, Lineage
 from lightbulb.train.ledger import read_ledger
+from lightbulb.train.metrics import read_metrics
 
 BATCH, STEPS = 16, 20
 MIXED = {"weights": {"sums": 3, "words": 1}}
@@ -104,6 +105,37 @@ def test_a_mixture_switch_a_kill_and_another_world_size_keep_the_ledger_exact(
     assert min(both) <= evaluated["held_out_loss"] <= max(both)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["domain_bpb"] == evaluated["domain_bpb"] and summary["group_epochs"].keys() == {"sums", "words"}
+
+
+@pytest.mark.slow
+def test_a_batch_that_grows_a_kill_and_another_world_size_keep_the_ledger_exact(
+    start: Callable, mixed: Callable, tmp_path: Path, two_domains: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Batch and mixture change where the decay begins; killed before it and resumed on one rank instead of two."""
+    data = {"mixture": MIXED, "stages": [{"start": "decay", "mixture": LATE}]}
+    changes = ["schedule.decay=0.5", "train.batch_stages=[{start: decay, global_batch_size: 32}]"]
+    whole = start("pretrain", [str(mixed("whole", data)), *changes])
+    assert whole.wait() == 0, whole.text()
+    assert "step 10: the next one has 32 contexts, this one had 16" in whole.text()
+    path, run = mixed("moved", data), tmp_path / "moved"
+    killed = start("pretrain", [str(path), *changes], world_size=2)
+    wait_for(lambda: step_reached(run) >= 8)
+    killed.kill()
+    assert 8 <= step_reached(run) < STEPS
+    early = start("pretrain", [str(path), changes[0], "train.batch_stages=[{start: 1, global_batch_size: 32}]"])
+    assert early.wait() == 1 and "with this config's train.batch_stages it would be" in early.text()
+    resumed = start("pretrain", [str(path), *changes, "train.micro_batch_size=8"])
+    assert resumed.wait() == 0, resumed.text()
+    expected, found = losses(tmp_path / "whole"), losses(run)
+    assert max(abs(expected[step] - found[step]) for step in range(1, STEPS + 1)) < 1e-5
+    of_whole, of_run = rows_by_step(tmp_path / "whole", two_domains, STEPS), rows_by_step(run, two_domains, STEPS)
+    assert of_whole == of_run
+    assert [of_run[step].total() for step in (1, 10, 11, STEPS)] == [16, 16, 32, 32]
+    drawn = sum(of_run.values(), Counter())
+    assert set(drawn.values()) == {1} and drawn.total() == 10 * 16 + 10 * 32
+    assert verify.main([str(run), "--data"]) == 0, capsys.readouterr()
+    train = [record for record in read_metrics(run) if record["kind"] == "train"]
+    assert sum(train[-1]["domain_tokens"].values()) == train[-1]["tokens"] == drawn.total() * 32
 
 
 def test_a_mixture_that_is_added_and_changed_on_resume_repeats_nothing(

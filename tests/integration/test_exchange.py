@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from processes import Command
-from training_runs import TRAIN, write_run_file
+from training_runs import TRAIN, losses, write_run_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightbulb.data.config import DataError
@@ -81,6 +81,33 @@ def test_equality_of_an_imported_model_and_a_run_that_starts_from_it(
     with torch.no_grad():
         found, wanted = load_model_for_inference(run)[0](TOKENS), theirs(TOKENS).logits
     assert (found - wanted).abs().max() < 1e-4
+
+
+def test_an_import_is_trained_in_its_own_folder(tmp_path: Path, corpus: Path) -> None:
+    """Data and batch are given then; the model alone is fixed."""
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer.json").write_bytes((corpus / "tokenizer.json").read_bytes())
+    run = tmp_path / "imported"
+    assert import_model.main([str(tmp_path / "theirs"), str(run)]) == 0
+    settings = [
+        f"data.path={corpus}",
+        "train.steps=3",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=4",
+        "seed=7",
+    ]
+    for number, setting in enumerate(("model.norm_eps=0.1", "optimizer.lr=0.01")):
+        words = [str(run / "config.yaml"), *settings, setting]
+        command = Command("pretrain", words, 1, {}, tmp_path / f"output-{number}.txt")
+        if setting.startswith("model."):
+            assert command.wait() == 1 and "model.norm_eps = 1e-06, this config has 0.1" in command.text()
+        else:
+            assert command.wait() == 0, command.text()
+    assert sorted(losses(run)) == [1, 2, 3] and losses(run)[3] < losses(run)[1]
 
 
 def test_the_text_is_held_out_and_of_the_corpus(corpus: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from processes import Command
-from training_runs import STEPS, TRAIN, final_hashes, losses, reached, wait_for
+from training_runs import STEPS, TRAIN, final_hashes, losses, reached, wait_for, write_run_file
 
 from lightbulb.train.checkpoint import Checkpoint
 from lightbulb.train.manifest import step_folder
@@ -54,6 +54,22 @@ def meetings(run: Path) -> list[dict[str, Any]]:
     return [record for record in lines if record["kind"] == "outer"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> list[Path]:
+    """Run folders of two branches that nothing interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    outer = SETTINGS | {"folder": str(root / "exchange"), "branches": 2}
+    commands = []
+    for branch in (0, 1):
+        path = write_run_file(
+            root, corpus, f"branch-{branch}", seed=branch + 1, train=QUIET, outer=outer | {"branch": branch}
+        )
+        commands.append(Command("pretrain", [str(path)], 1, {}, root / f"output-{branch}.txt"))
+    for command in commands:
+        assert command.wait() == 0, command.text()
+    return [root / f"branch-{branch}" for branch in (0, 1)]
+
+
 def test_equality_one_branch_and_equal_branches_are_the_single_run(start, run_file, branches, tmp_path: Path) -> None:
     train(start, [run_file("single", seed=1, train=QUIET)])
     expected = final_hashes(tmp_path / "single")
@@ -66,15 +82,26 @@ def test_equality_one_branch_and_equal_branches_are_the_single_run(start, run_fi
     assert [record["number"] for record in meetings(tmp_path / "never-0")] == [0]  # the common start
 
 
-def test_trunks_are_equal_after_a_meeting_experts_stay_and_a_kill_changes_nothing(start, branches, tmp_path) -> None:
-    train(start, branches("whole", (1, 2)))
-    first, second = (tensors(tmp_path / f"whole-{branch}") for branch in (0, 1))
+def test_equality_in_bfloat16_too(start, run_file, branches, tmp_path: Path) -> None:
+    narrow = "train.precision=bf16"
+    paths = [run_file("single", seed=1, train=QUIET), *branches("two", (1, 1), lr=1.0, momentum=0.0)]
+    commands = [start("pretrain", [str(path), narrow]) for path in paths]
+    for command in commands:
+        assert command.wait() == 0, command.text()
+    expected = final_hashes(tmp_path / "single")
+    assert final_hashes(tmp_path / "two-0") == final_hashes(tmp_path / "two-1") == expected
+
+
+def test_trunks_are_equal_after_a_meeting_experts_stay_and_a_kill_changes_nothing(
+    start, branches, whole, tmp_path
+) -> None:
+    first, second = map(tensors, whole)
     shared = [name for name in first if ".channel." not in name and ":" not in name]
     local = [name for name in first if ".channel." in name and name.endswith("weight")]
     assert shared and local
     assert all(torch.equal(first[name], second[name]) for name in shared)
     assert not any(torch.equal(first[name], second[name]) for name in local)
-    found = meetings(tmp_path / "whole-1")
+    found = meetings(whole[1])
     assert [(record["number"], record["step"]) for record in found] == [(0, 0), (1, 3), (2, 6), (3, 9), (4, 12)]
     trunk_bytes = 4 * sum(first[name].numel() for name in shared)
     assert all(record["received"] == trunk_bytes <= record["sent"] < 1.3 * trunk_bytes for record in found[1:])
@@ -91,12 +118,11 @@ def test_trunks_are_equal_after_a_meeting_experts_stay_and_a_kill_changes_nothin
     last = start("pretrain", [str(paths[1])])
     assert again.wait() == last.wait() == 0, again.text() + last.text()
     for branch in (0, 1):
-        assert final_hashes(tmp_path / f"killed-{branch}") == final_hashes(tmp_path / f"whole-{branch}")
-        assert losses(tmp_path / f"killed-{branch}") == losses(tmp_path / f"whole-{branch}")
+        assert final_hashes(tmp_path / f"killed-{branch}") == final_hashes(whole[branch])
+        assert losses(tmp_path / f"killed-{branch}") == losses(whole[branch])
 
 
-def test_who_waits_stops_for_a_signal_and_names_who_is_missing(start, branches, tmp_path: Path) -> None:
-    train(start, branches("whole", (1, 2)))
+def test_who_waits_stops_for_a_signal_and_names_who_is_missing(start, branches, whole, tmp_path: Path) -> None:
     paths = branches("alone", (1, 2))
     alone = start("pretrain", [str(paths[0])])
     wait_for(lambda: reached(tmp_path / "alone-0", 3))
@@ -109,17 +135,16 @@ def test_who_waits_stops_for_a_signal_and_names_who_is_missing(start, branches, 
     assert "waited 1 s at step 3 for branch 1 (never seen)" in waits.text() and "Traceback" not in waits.text()
     train(start, paths)
     for branch in (0, 1):
-        assert final_hashes(tmp_path / f"alone-{branch}") == final_hashes(tmp_path / f"whole-{branch}")
+        assert final_hashes(tmp_path / f"alone-{branch}") == final_hashes(whole[branch])
 
 
-def test_branches_of_two_ranks_are_those_of_one(start, run_file, branches, tmp_path: Path) -> None:
-    train(start, branches("one", (1, 2)))
-    for layout in ("tensor", "data"):
-        paths = branches(layout, (1, 2))
-        commands = [start("pretrain", [str(path), f"parallel.{layout}=2"], world_size=2) for path in paths]
-        for command in commands:
-            assert command.wait() == 0, command.text()
-        for branch in (0, 1):
-            ours, expected = tensors(tmp_path / f"{layout}-{branch}"), tensors(tmp_path / f"one-{branch}")
-            for name in expected:
-                torch.testing.assert_close(ours[name], expected[name], rtol=1e-3, atol=1e-5, msg=name)
+@pytest.mark.parametrize("layout", ["tensor", pytest.param("data", marks=pytest.mark.slow)])
+def test_branches_of_two_ranks_are_those_of_one(start, branches, whole, tmp_path: Path, layout: str) -> None:
+    paths = branches(layout, (1, 2))
+    commands = [start("pretrain", [str(path), f"parallel.{layout}=2"], world_size=2) for path in paths]
+    for command in commands:
+        assert command.wait() == 0, command.text()
+    for branch in (0, 1):
+        ours, expected = tensors(tmp_path / f"{layout}-{branch}"), tensors(whole[branch])
+        for name in expected:
+            torch.testing.assert_close(ours[name], expected[name], rtol=1e-3, atol=1e-5, msg=name)

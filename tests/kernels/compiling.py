@@ -33,9 +33,17 @@ def compile_all(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return answers
 
 
+def end() -> None:
+    """End the compiler's process, if there is one."""
+    if _compiler.cache_info().currsize:
+        with _compiler() as compiler:
+            compiler.kill()
+        _compiler.cache_clear()
+
+
 @cache
 def _compiler() -> subprocess.Popen[str]:
-    """One for all tests of a session, because importing takes longer than compiling; it ends when its input does."""
+    """One for all tests of a session, because importing takes longer than compiling."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=environment)

@@ -2,8 +2,15 @@
 
 from collections.abc import Callable, Iterator
 
+import compiling
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_compiler() -> Iterator[None]:
+    yield
+    compiling.end()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from lightbulb import ops
 from lightbulb.config import load_config
 from lightbulb.evaluation.trial import Trial, global_batch
 from lightbulb.parallel.engine import Engine
-from lightbulb.parallel.topology import ParallelConfig
+from lightbulb.parallel.topology import ParallelConfig, destroy_groups
 from lightbulb.train.config import RunConfig
 from lightbulb.train.schedule import learning_rate_factor
 
@@ -43,6 +43,7 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(ops.VARIABLE, raising=False)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
+    destroy_groups()  # Megatron-core's own, whose threads would otherwise live on
     dist.destroy_process_group()
     ops.choose("auto")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightbulb.kernels import choice
 from lightbulb.kernels.native import is_built
-from lightbulb.kernels.softmax import kernel, native, reference, softmax, softmax_, softmax_grad_
+from lightbulb.kernels.softmax import kernel, native, reference, softmax
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 2, 9, 33), (2, 1, 3, 1030)]
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
@@ -100,11 +100,6 @@ def test_the_door(kernels: str, dtype: torch.dtype, case: str, monkeypatch: pyte
     if dtype == torch.bfloat16 and sink is not None:  # the sink was rounded
         wanted = expected(grad, scores, mask, sink.to(dtype))
     check(found, wanted, bound)
-    weights = softmax_(scores.nan_to_num(), mask, *(leaf.detach() for leaf in leaves[1:]))
-    assert torch.equal(weights, y)
-    products = (grad.double() * weights).sum(-1)
-    dots = softmax_grad_(grad, weights)
-    check([grad, dots], [wanted[1], products], bound)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
@@ -116,9 +111,6 @@ def test_rows_that_lie_unevenly_and_fewer_axes(kernels: str, monkeypatch: pytest
     check([softmax(scores), softmax(scores[0, 0]), softmax(scores[0])], [wanted, wanted[0, 0], wanted[0]], bound)
     keys_apart = torch.randn(5, 6).t()
     check([softmax(keys_apart)], [keys_apart.double().softmax(-1)], bound)
-    assert torch.equal(softmax_(scores.clone()), softmax(scores))
-    given = scores.clone(memory_format=torch.preserve_format)
-    assert torch.equal(softmax_(given), softmax(scores)) and given.data_ptr() != scores.data_ptr()
     mask = torch.tensor([True])
     assert torch.equal(softmax(scores, mask), softmax(scores))
     assert softmax(scores, ~mask).eq(0.0).all()

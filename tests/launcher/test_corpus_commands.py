@@ -89,6 +89,38 @@ def test_inspect_shows_sources_groups_documents_and_a_picture(
     assert verify([str(prepared)]) == 0
 
 
+def test_inspect_shows_clusters_order_and_what_was_dropped_for_what(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    texts, corpus = tmp_path / "texts", tmp_path / "corpus"
+    texts.mkdir()
+    for i in range(20):
+        subject = ("harbour sail wave tide anchor", "oven flour butter sugar dough")[i % 2].split()
+        (texts / f"{i}.txt").write_text(" ".join(subject[i * j % 5] for j in range(1, 40)) + f" {i}")
+    (texts / "twice.txt").write_text((texts / "7.txt").read_text())
+    (texts / "short.txt").write_text("[red]x")
+    values = {
+        "output": str(corpus),
+        "context_length": 16,
+        "tokenizer": {"vocab_size": 280},
+        "sources": [{"type": "text", "domain": "one", "path": str(texts)}],
+        "clean": {"min_chars": 10},
+        "deduplicate": {},
+        "embed": {"dimensions": 4},
+        "cluster": {"num_clusters": 2},
+        "order": {"method": "in_context"},
+        "pack": {"method": "ordered"},
+        "executor": {"workers": 1},
+    }
+    preprocess(build_config(CorpusConfig, values))
+    assert inspect([str(corpus), "--samples", "0"]) == 0
+    shown = capsys.readouterr().out
+    for reason, path, because in (("duplicate", "twice.txt", "like 7.txt"), ("too_short", "short.txt", "[red]x")):
+        assert any(reason in line and path in line and because in line for line in shown.splitlines())
+    assert "nearest" in shown and "adjacent" in shown and "random" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["{}/none"], "manifest.json: missing"), (["{}", "--split", "test"], "split 'test' has no rows")],

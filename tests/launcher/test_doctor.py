@@ -9,6 +9,7 @@ from packaging.requirements import Requirement
 from training_runs import write_run_file
 
 from lightbulb import ops
+from lightbulb.kernels.native import ABSENT
 from lightbulb.launcher import doctor
 from lightbulb.planning import survey
 
@@ -54,7 +55,7 @@ def test_the_kernels_of_this_machine(capsys: pytest.CaptureFixture[str], monkeyp
     found = json.loads(capsys.readouterr().out)["kernels"]
     folders = {path.parent.name for path in Path(ops.describe.__file__).parent.glob("*/reference.py")}
     assert found["operations"].keys() == folders, "an operation has no line in kernels/describe.py"
-    assert found["machine"]["C++ library"] == ("built" if ops.is_built() else ops.ABSENT)
+    assert found["machine"]["C++ library"] == ("built" if ops.is_built() else ABSENT)
     assert ("instructions" in found["machine"]) == ops.is_built()
     assert found["machine"]["choice"] == "auto" and found["problem"] is None
     cpu = "C++" if ops.is_built() else "torch"
@@ -80,7 +81,7 @@ def test_without_the_library_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(ops.VARIABLE, "auto")
     monkeypatch.setattr(ops.describe, "is_built", lambda: False)
     found = doctor.kernels()
-    assert found["machine"]["C++ library"] == ops.ABSENT and "g++" in ops.ABSENT
+    assert found["machine"]["C++ library"] == ABSENT and "g++" in ABSENT
     assert found["operations"]["swiglu"].endswith("torch on the CPU")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightbulb.config import ConfigError, build_config
 from lightbulb.nn.parameter import Init, initialise
 from lightbulb.routing.balance import summarise
-from lightbulb.routing.router import Router, RouterConfig, Routing
+from lightbulb.routing.router import Router, RouterConfig, Routing, greatest
 
 DIM, EXPERTS, TOKENS = 5, 6, 40
 PLAIN = {"balance_loss": 0.0, "z_loss": 0.0}
@@ -147,3 +147,23 @@ def test_the_bias_is_state_only_where_it_is_used() -> None:
 def test_configs_that_cannot_work_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         router(**changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_equal_scores_the_lower_expert_is_taken(dtype: torch.dtype) -> None:
+    scores = torch.randn(500, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(greatest(scores, 3), scores.topk(3).indices)
+    inf = float("inf")
+    ties = torch.tensor([[0.0, -0.0, 0.0], [-1.0, -1.0, -2.0], [1.0, inf, inf], [-inf, -inf, -inf]], dtype=dtype)
+    assert greatest(ties, 2).tolist() == [[0, 1], [0, 1], [1, 2], [0, 1]]
+    rounded = (scores * 2).round()  # of few values
+    chosen = greatest(rounded, 3)
+    expected = sorted(range(7), key=lambda e: (-rounded[0, e], e))[:3]
+    assert chosen[0].tolist() == expected
+
+
+def test_parts_that_share_a_row_are_chosen_together_where_rows_are_equal() -> None:
+    """A virtual group's copies: of two equal rows one copy's parts are taken, not one part of each."""
+    row = torch.randn(1, 8, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(64, 8, generator=torch.Generator().manual_seed(2)) @ row.repeat(6, 1).t()
+    assert greatest(logits, 2).tolist() == [[0, 1]] * 64

@@ -71,7 +71,7 @@ def test_rounds_through_files_are_outer_steps(tmp_path: Path) -> None:
         second.put(number, "branch-1", zip("ab", values[1], strict=True))
         first.bring_together(number, shapes)
         outer_step(trunk, [average(pair) for pair in zip(*values, strict=True)], velocity, first.config)
-        file = second.open(number, "trunk")
+        file = second.open(number, "trunk", shapes)
         assert all(torch.equal(file.read(name, (5, 4)), value) for name, value in zip("ab", trunk, strict=True))
         first.clean(number)
     for branch, oldest in ((0, 3), (1, 2)):
@@ -86,13 +86,25 @@ def test_rounds_through_files_are_outer_steps(tmp_path: Path) -> None:
 def test_a_damaged_file_and_another_layout_are_refused(tmp_path: Path) -> None:
     exchange(tmp_path, 0).put(1, "branch-0", [("a", torch.ones(4))])
     with pytest.raises(ExchangeError, match="written by TP1 on 1 ranks, this branch is TP2"):
-        exchange(tmp_path, 1, "TP2 on 2 ranks").open(1, "branch-0")
+        exchange(tmp_path, 1, "TP2 on 2 ranks").open(1, "branch-0", {})
+    with pytest.raises(ExchangeError, match=r"'b' is no tensor there and \[2\] here"):
+        exchange(tmp_path, 1).open(1, "branch-0", {"a": (4,), "b": (2,)})
     path = next(tmp_path.rglob("*.safetensors"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ExchangeError, match="damaged"):
-        exchange(tmp_path, 1).open(1, "branch-0")
+        exchange(tmp_path, 1).open(1, "branch-0", {})
+
+
+def test_a_round_whose_result_is_gone_is_named(tmp_path: Path) -> None:
+    first = exchange(tmp_path, 0)
+    for number in (1, 2):
+        first.put(number, "trunk", [("a", torch.ones(4))])
+    first.check_open(1)  # its result is there
+    first.check_open(3)  # it has not been held
+    with pytest.raises(ExchangeError, match="round 0 is over and its result gone"):
+        first.check_open(0)
 
 
 def test_settings_are_checked() -> None:

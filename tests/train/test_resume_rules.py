@@ -1,7 +1,7 @@
 """Which settings may change between a checkpoint and the run that goes on from it."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -23,8 +23,13 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
+STEP = 3
+
+
 def said(stored: dict[str, Any], **changes: Any) -> list[str]:
-    checkpoint: Any = SimpleNamespace(folder="step-3", state=SimpleNamespace(config=stored))
+    loader = {"samples_consumed": build_config(RunConfig, stored).batch_sizes().samples(STEP)}
+    state = SimpleNamespace(config=stored, step=STEP, is_untrained=False, loader=loader)
+    checkpoint: Any = SimpleNamespace(folder="step-3", state=state)
     return check_resumable(checkpoint, build_config(RunConfig, CONFIG | changes))
 
 
@@ -37,7 +42,9 @@ def test_every_rule_names_a_setting_and_every_section_has_one() -> None:
     for key in RULES:
         section, _, rest = key.partition(".")
         assert section in fields
-        assert not rest or rest in fields[section].annotation.model_fields
+        annotation = fields[section].annotation
+        sections = [kind for kind in get_args(annotation) or (annotation,) if hasattr(kind, "model_fields")]
+        assert not rest or any(rest in kind.model_fields for kind in sections)
     assert {key.partition(".")[0] for key in RULES} == fields.keys()
 
 
@@ -50,6 +57,8 @@ def test_every_rule_names_a_setting_and_every_section_has_one() -> None:
         ("train.steps", Rule.SAID),
         ("optimizer.beta2", Rule.SAID),
         ("parallel.tensor", Rule.FREE),
+        ("outer.every", Rule.FIXED),
+        ("outer.wait_seconds", Rule.FREE),
         ("not.known.yet", Rule.SAID),
     ],
 )
@@ -80,3 +89,16 @@ def test_a_setting_that_came_later_counts_as_its_default() -> None:
     del old["train"]["async_save"], old["model"]["norm_eps"], old["optimizer"]
     assert said(old) == []
     assert said({"model": {"unknown": 1}} | {k: v for k, v in old.items() if k == "train"} | stored()) == []
+
+
+def test_batches_that_were_read_cannot_be_changed() -> None:
+    late = {"train": CONFIG["train"] | {"batch_stages": [{"start": 5, "global_batch_size": 16}]}}
+    assert said(stored(), **late) == [
+        "train.batch_stages.0.global_batch_size was None, is now 16",
+        "train.batch_stages.0.start was None, is now 5",
+    ]
+    early = {"train": CONFIG["train"] | {"batch_stages": [{"start": 2, "global_batch_size": 16}]}}
+    with pytest.raises(CheckpointError, match=r"24 contexts were read up to step 3, .*batch_stages it would be 32"):
+        said(stored(), **early)
+    with pytest.raises(CheckpointError, match=r"32 contexts were read up to step 3, .* it would be 24"):
+        said(stored(**early))

@@ -1,8 +1,8 @@
 """Export to Hugging Face and import from there, each with a receipt against transformers.
 
 Weights are converted tensor by tensor, with memory for a file of the export or a tensor of the import. Then both models
-are loaded, one after the other, and compared in float32; the result gets its name when no logit differs by more than
-the bound.
+are compared in float32, ours layer by layer, theirs as a whole, for which there must be memory; the result gets its
+name when no logit differs by more than the bound.
 """
 
 import gc
@@ -22,6 +22,7 @@ from lightbulb.experts.hf.families import family_of
 from lightbulb.experts.hf.family import Family, InteropError
 from lightbulb.experts.hf.folder import CONFIG, TOKENIZER, write_shards, write_values
 from lightbulb.experts.hf.own import MODELING, OWN
+from lightbulb.experts.memory import check_memory
 from lightbulb.experts.receipt import (
     Comparison,
     Digests,
@@ -30,11 +31,11 @@ from lightbulb.experts.receipt import (
     Text,
     compare,
     parameters,
-    watching_routers,
+    watched_logits,
     write_receipt,
 )
 from lightbulb.experts.run_folder import untrained_config, whole_pieces, write_run
-from lightbulb.experts.source import HuggingFaceSource, RunSource, Source, build_model
+from lightbulb.experts.source import HuggingFaceSource, RunSource, Source, layered
 from lightbulb.experts.text import held_out_text, tokens_of
 from lightbulb.folder import built_beside, write_atomically
 from lightbulb.models.language import LanguageConfig
@@ -42,6 +43,7 @@ from lightbulb.train.origin import Origin
 
 TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")
 LOAD = ".load"  # of a router: no parameter
+COMPARING = "the comparison with transformers"
 VOCAB_TABLES = ("embedding.weight", "head")
 
 
@@ -81,6 +83,7 @@ def export(run: Path, out: Path, options: Options) -> Receipt:
     if cut.vocab_size < rows:
         notes.append(f"{rows - cut.vocab_size} unused rows of the vocabulary were cut off")
     table = family.table(cut)
+    check_memory(cut.cost().params, COMPARING)
 
     def ours(name: str, place: tuple[int, ...]) -> Tensor:
         values = source.read_part(name, place)
@@ -93,7 +96,7 @@ def export(run: Path, out: Path, options: Options) -> Receipt:
         written = write_shards(
             partial, table.their_shapes, lambda name: table.theirs(name, ours), options.dtype, options.shard_bytes
         )
-        expected, routers = our_logits(source, text, options.dtype)
+        expected, routers = watched_logits(layered(source, options.dtype), tokens_of(text))
         found = their_logits(partial, text)
         comparison = compare(
             found, expected[..., : cut.vocab_size], "LightBulb's model of the run", text, options.bound
@@ -118,6 +121,7 @@ def import_model(folder: Path, run: Path, options: Options) -> Receipt:
         raise InteropError(
             f"{folder}: has no {TOKENIZER}; write one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
+    check_memory(source.model_config.cost().params, COMPARING)
     tokenizer = Tokenizer.load(source.tokenizer_path)
     text = held_out_text(tokenizer, options.data, source.model_config.context_length)
     with built_beside(run) as partial:
@@ -129,21 +133,12 @@ def import_model(folder: Path, run: Path, options: Options) -> Receipt:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
         expected = their_logits(folder, text)
-        found, routers = our_logits(RunSource(partial), text, torch.float32)
+        found, routers = watched_logits(layered(RunSource(partial)), tokens_of(text))
         comparison = compare(found, expected, f"transformers {transformers.__version__}", text, options.bound)
         receipt = _receipt("import", source, source.family, written, comparison, routers, [])
         comparison.check(str(run))
         write_receipt(partial, receipt)
     return receipt
-
-
-@torch.no_grad()
-def our_logits(source: Source, text: Text, dtype: torch.dtype) -> tuple[Tensor, dict[str, RouterRecord]]:
-    """Logits of our model, its weights rounded to ``dtype``, and what its routers did."""
-    model = build_model(source, dtype)
-    with watching_routers(model) as routers:
-        logits = model(tokens_of(text))
-    return logits, routers
 
 
 @torch.no_grad()

@@ -34,6 +34,8 @@ def family_of(ours: LanguageConfig) -> Family:
     if ours.modifiers:
         names = ", ".join(modifier.type for modifier in ours.modifiers)
         raise InteropError(f"the modifiers {names} are in no stock architecture")
+    if ours.scaling is not None:
+        raise InteropError("width and depth scaling is in no stock architecture")
     if ours.gist_token_id is not None:
         raise InteropError("gist tokens are in no stock architecture")
     if isinstance(ours.layer(0).token, MambaConfig):

@@ -1,0 +1,244 @@
+"""A chain of stages, each done once: skipped when done, gone on with when interrupted, redone when something changed.
+
+A stage is done when its output is complete and was made with the same settings of the same inputs. Both are recorded
+as hashes in ``FOLDER/stages/NAME.json``, written before the work begins (then without an output) and after it. What an
+earlier setting made is never overwritten: it is moved into ``FOLDER/replaced/`` first, and what changed is said.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+
+from lightbulb.config import describe, flatten
+from lightbulb.folder import FolderError, claim, explained, write_atomically
+
+STAGES = "stages"
+REPLACED = "replaced"
+MAX_NAMED = 4
+"""Changed settings that a line names."""
+
+
+class StageError(RuntimeError):
+    """A stage whose work ended without its output."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a recipe.
+
+    Attributes:
+        name: also of its record.
+        title: what it does, in a few words.
+        settings: all that decides its output besides its inputs, in JSON's types.
+        needs: the stages whose outputs it reads.
+        paths: files and folders that it alone writes; they are moved away together when it is redone.
+        work: does it, or goes on with what is there.
+        digest: hash of its output; None as long as that is not complete.
+    """
+
+    name: str
+    title: str
+    settings: Mapping[str, Any]
+    needs: Sequence[str]
+    paths: Sequence[Path]
+    work: Callable[[], None]
+    digest: Callable[[], str | None]
+
+
+class Record(BaseModel):
+    """What is known of a stage that has begun."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    settings: dict[str, Any]
+    """Flat: path of a setting to its value."""
+    inputs: dict[str, str]
+    """Hash of each output that it read."""
+    output: str | None = None
+    """Hash of what it made; None until it is done."""
+    seconds: float = 0.0
+    """Time spent on it."""
+    finished: str | None = None
+    """When it was done."""
+
+
+def run_stages(folder: Path, stages: Sequence[Stage]) -> dict[str, Record]:
+    """Do what is not done; gives the records of all stages.
+
+    Raises:
+        FolderInUse: another process works in the folder.
+        FolderError: something stands where a stage writes, and no record says that the stage made it.
+        StageError: a stage ended without its output, or a record is damaged.
+    """
+    _refuse_foreign(folder)
+    with claim(folder):
+        (folder / STAGES).mkdir(exist_ok=True)
+        chain = _Chain(folder, stages)
+        for number, stage in enumerate(stages, 1):
+            chain.do(stage, f"[{number}/{len(stages)}]")
+    return chain.records
+
+
+class _Chain:
+    """The stages on their way."""
+
+    def __init__(self, folder: Path, stages: Sequence[Stage]):
+        self.folder = folder
+        self.records: dict[str, Record] = {}
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        self._width = max(len(stage.name) for stage in stages)
+
+    def do(self, stage: Stage, place: str) -> None:
+        """Bring one stage to its end."""
+        wanted = Record(settings=_plain_flat(stage.settings), inputs={n: self._output(n) for n in stage.needs})
+        before, found = self._read(stage), stage.digest()
+        same = before is not None and (before.settings, before.inputs) == (wanted.settings, wanted.inputs)
+        head = f"{place} {stage.name:<{self._width}}"
+        if before is not None and same and before.output is not None and before.output == found:
+            self._console.print(f"{head}  done already ({duration(before.seconds)}, {before.finished})")
+            self.records[stage.name] = before
+            return
+        if before is None:
+            _refuse_unrecorded(stage)
+        elif not same or before.output is not None:
+            why = changes(before, wanted) if not same else "its output is not what was made"
+            self._replace(stage, f"{head}  anew: {why}")
+            before = None
+        self._work(stage, before or wanted, head, found if before else None)
+
+    def _work(self, stage: Stage, record: Record, head: str, found: str | None) -> None:
+        """Do the work, unless it was done and only its record is missing."""
+        if found is None:
+            self._write(stage, record)
+            self._console.print(f"{head}  {stage.title}")
+            with self._timed(stage, record):
+                stage.work()
+            found = stage.digest()
+        if found is None:
+            raise StageError(f"stage {stage.name}: ended, but its output is not complete ({stage.paths[0]})")
+        record.output, record.finished = found, datetime.now().isoformat(" ", "seconds")
+        self._write(stage, record)
+        self.records[stage.name] = record
+        self._console.print(f"{head}  done in {duration(record.seconds)}")
+
+    @contextmanager
+    def _timed(self, stage: Stage, record: Record) -> Iterator[None]:
+        """Add the time of the block to the record, also when the block fails."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            record.seconds += time.monotonic() - begun
+            self._write(stage, record)
+
+    def _replace(self, stage: Stage, sentence: str) -> None:
+        """Move what an earlier setting made out of the way."""
+        there = [path for path in stage.paths if path.exists()]
+        if not there:
+            self._console.print(sentence)
+            return
+        parent = self.folder / REPLACED
+        number = 1 + max((int(p.name.rpartition("-")[2]) for p in parent.glob(f"{stage.name}-*")), default=0)
+        aside = parent / f"{stage.name}-{number}"
+        with explained(aside):
+            aside.mkdir(parents=True)
+            for path in there:
+                path.rename(aside / path.name)
+        self._console.print(f"{sentence}; what was there is in {aside} now")
+
+    def _output(self, name: str) -> str:
+        output = self.records[name].output
+        assert output is not None
+        return output
+
+    def _file(self, stage: Stage) -> Path:
+        return self.folder / STAGES / f"{stage.name}.json"
+
+    def _read(self, stage: Stage) -> Record | None:
+        return read_record(self._file(stage))
+
+    def _write(self, stage: Stage, record: Record) -> None:
+        write_atomically(self._file(stage), orjson.dumps(record.model_dump(), option=orjson.OPT_INDENT_2))
+
+
+def read_record(path: Path) -> Record | None:
+    """The record of a stage; None if it has not begun.
+
+    Raises:
+        StageError: the file is damaged.
+    """
+    try:
+        return Record.model_validate(orjson.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise StageError(f"{path}: cannot be read ({error}); remove it and its stage's output to redo it") from None
+    except ValidationError as error:
+        raise StageError(f"{path}: {describe(error)[0]:.200}; remove it and its stage's output to redo it") from None
+
+
+def changes(before: Record, now: Record) -> str:
+    """What is different, in a line."""
+    found = [
+        f"{key} was {_shown(before.settings.get(key))}, is {_shown(now.settings.get(key))}"
+        for key in sorted(before.settings.keys() | now.settings.keys())
+        if before.settings.get(key) != now.settings.get(key)
+    ]
+    found += [
+        f"{name} was redone" for name in sorted(now.inputs) if before.inputs.get(name) != now.inputs[name]
+    ]  # fmt: skip
+    found += [f"{name} is no input any more" for name in sorted(before.inputs.keys() - now.inputs.keys())]
+    more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
+    return "; ".join(found[:MAX_NAMED]) + more
+
+
+def file_digest(*paths: Path) -> str | None:
+    """Hash of files together; None if one is missing."""
+    total = hashlib.sha256()
+    for path in paths:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def duration(seconds: float) -> str:
+    """``3:20``, ``1:02:20``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def _plain_flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their paths, as they come back from a file."""
+    return orjson.loads(orjson.dumps(flatten(dict(settings)), default=str))
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else f"{value!r:.60}"
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A folder that holds something else is not taken."""
+    with explained(folder):
+        if folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()) and not (folder / STAGES).is_dir():
+            raise FolderError(f"{folder}: holds something that is no recipe's; choose another run: or move it away")
+
+
+def _refuse_unrecorded(stage: Stage) -> None:
+    for path in stage.paths:
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise FolderError(
+                f"{path}: is there, but not made by stage {stage.name} of this recipe; move it away or choose another "
+                "run:"
+            )
