@@ -1,0 +1,1 @@
+"""Parts of benchmarks/upcycling.py: texts, the plan of runs, training, ensembles and results."""
