@@ -64,9 +64,8 @@ class Teacher:
     def read(self, corpus: Corpus, rows: range) -> Opinion:
         """Its opinion of consecutive rows."""
         read = [corpus[row] for row in rows]
-        tokens, documents = (
-            torch.stack([torch.from_numpy(part) for part in column]) for column in zip(*read, strict=True)
-        )
+        tokens = torch.stack([torch.from_numpy(row.tokens) for row in read])
+        documents = torch.stack([torch.from_numpy(row.document_ids) for row in read])
         is_label = documents[:, 1:] != _PADDING
         if self.translation is None:
             return self._directly(tokens, documents, is_label)
