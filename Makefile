@@ -52,6 +52,7 @@ bench: $(READY)
 	@$(BIN)/python benchmarks/parallel_overhead.py --json docs/results/parallel_overhead.json
 	@$(BIN)/python benchmarks/checkpoint.py --json docs/results/checkpoint.json
 	@$(BIN)/python benchmarks/data_prep.py --output docs/results/data_prep.json
+	@$(BIN)/python benchmarks/upcycling.py --quick
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[bench]"
 	@$(BIN)/python benchmarks/mixers.py --json docs/results/mixers.json --plot docs/results/mixers-growth.png
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from growth.corpora import CLUSTERS, CONTEXT, VOCABULARY, domain_shares, write_corpora
-from growth.plan import SEED_LENGTHS, Plan, Scale, Tuned
+from growth.plan import BASELINE, SEED_LENGTHS, Plan, Scale, Tuned
 from growth.results import (
     arm_results,
     crossing,
@@ -46,7 +46,7 @@ from growth.scheduling import Sweep, SweepError
 from growth.training import run_task
 from rich.console import Console
 
-FULL, QUICK = Scale(750_000, 1_200_000), Scale(300_000, 480_000)
+FULL, QUICK = Scale(750_000, 1_200_000), Scale(400_000, 640_000)
 DOMAIN_BYTES = 1_200_000
 TUNING_SEED = 99
 GRID: list[tuple[dict[str, Any], Sequence[str]]] = [
@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     sweep = Sweep(work, run_task, options.workers)
     try:
         corpus = sweep.apart("corpora", write_corpora, options.corpora, work, DOMAIN_BYTES)
-        plan = Plan(QUICK if options.quick else FULL, Tuned(), domain_shares(corpus), options.quick)
+        scale = Scale(*options.tokens) if options.tokens else QUICK if options.quick else FULL
+        plan = Plan(scale, Tuned(), domain_shares(corpus), options.quick)
         if options.tune:
             return tune(sweep, plan, corpus["digest"])
         seeds = options.seeds or ([0, 1] if options.quick else [0, 1, 2])
@@ -124,7 +125,8 @@ def write(folder: Path, plan: Plan, results: dict[str, Any], line: dict[str, Any
     (folder / "cbtx-table.md").write_text(markdown(results) + "\n", encoding="utf-8")
     draw_differences(results, folder / "cbtx.png")
     draw_communication(results, folder / "cbtx-communication.png")
-    draw_seed_lengths(results, SEED_LENGTHS, folder / "cbtx-seed-length.png")
+    if any(f"{prefix}.{BASELINE}" in results for prefix in SEED_LENGTHS):
+        draw_seed_lengths(results, SEED_LENGTHS, folder / "cbtx-seed-length.png")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", metavar="S", help="repetitions (default 0 1 2, quick 0 1)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="tasks at once")
     parser.add_argument("--quick", action="store_true", help="smaller, and only the arms of the JSON line")
+    parser.add_argument("--tokens", type=int, nargs=2, metavar=("SEED", "BUDGET"), help="another scale")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these (with what they need)")
     parser.add_argument("--report", action="store_true", help="train nothing; show what is done")
     parser.add_argument("--tune", action="store_true", help="try other settings on a seed of their own")

@@ -62,6 +62,10 @@ class Tuned:
     """Share of a last phase's steps over which the learning rate falls to zero."""
     branch_share: float = 0.5
     """Of the budget, in branches that become experts."""
+    router_scale: float = 1.0
+    """Standard deviation of a learned router's logits before it is trained."""
+    keep_moments: bool = False
+    """Whether a mixture begins with the moments of what it was made of, and the learning rate at its peak."""
     branch_rows: int = 8
     """Rows of a branch's step."""
     outer_lr: float = 1.0
@@ -248,7 +252,7 @@ class Plan:
         steps = self.scale.steps(share * self.budget / CLUSTERS, self.dense, rows)
         for count in every:
             settings = {
-                "model": self.dense.model_dump(mode="json"),
+                "model": _written(self.dense),
                 "steps": steps,
                 "lr": self.tuned.branch_lr,
                 "schedule": {"warmup": 0.0, "decay": 0.0},
@@ -344,8 +348,11 @@ class Plan:
         model = mixture_of(experts, heads=method == "btx+moa")
         trained = tuple(need for need in needs if not need.endswith("seed"))
         steps = self.scale.steps(self.budget - sum(self.tasks[name].flops for name in trained), model)
-        schedule = {"warmup": self.tuned.warmup, "decay": self.tuned.decay}
-        upcycle = {"method": method, "sources": list(sources), "router": router, "experts": experts}
+        keep = self.tuned.keep_moments
+        schedule = {"warmup": 0.0 if keep else self.tuned.warmup, "decay": self.tuned.decay}
+        upcycle: Settings = {"method": method, "sources": list(sources), "router": router, "experts": experts}
+        upcycle |= {"moments": "keep"} if keep else {}
+        upcycle |= {"scale": self.tuned.router_scale} if router != "random" and self.tuned.router_scale != 1 else {}
         self._train(name, model, steps, self.tuned.moe_lr, schedule, 1, "upcycle", needs, upcycle=upcycle)
         self._arm(name, label, name, (*trained, name), baseline)
 
@@ -364,7 +371,7 @@ class Plan:
     ) -> None:
         """Add a training. ``order`` numbers orders of the data; ``before`` are steps that another task trained."""
         settings = {
-            "model": model.model_dump(mode="json"),
+            "model": _written(model),
             "steps": steps,
             "rows": self.scale.rows,
             "lr": lr,
@@ -418,6 +425,11 @@ class Plan:
             content = [asdict(task), seed, corpus, [keys[need] for need in task.needs]]
             keys[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         return keys
+
+
+def _written(model: LanguageConfig) -> Settings:
+    """A model's config without what has its default: keys of results do not change with what LightBulb learns."""
+    return model.model_dump(mode="json", exclude_defaults=True)
 
 
 def _clusters() -> list[Settings]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from growth.plan import Settings, Task
 
 Run = Callable[[Task, int, Path, dict[str, Path]], Settings]
-POLL_SECONDS = 30.0
+POLL_SECONDS = 0.5
 
 
 class SweepError(RuntimeError):
@@ -95,8 +95,10 @@ class Sweep:
             if self.result(of_seed[name]) is None
         ]
         total = len(waiting)
-        with _terminating(self._alive):
+        with _terminating(self._alive) as asked:
             while waiting or self._alive:
+                if asked:
+                    raise KeyboardInterrupt
                 while len(self._alive) < self.workers and (job := self._ready(waiting, keys)):
                     waiting.remove(job)
                     self._start(job, keys[job.seed])
@@ -171,17 +173,18 @@ def _with_needs(tasks: Mapping[str, Task], names: Iterable[str]) -> set[str]:
 
 
 @contextlib.contextmanager
-def _terminating(alive: Mapping[BaseProcess, Any]) -> Iterator[None]:
-    """SIGTERM is an interrupt, and whatever ends the block ends the processes, each in its own good time."""
+def _terminating(alive: Mapping[BaseProcess, Any]) -> Iterator[list[int]]:
+    """Gives the signals that asked to stop; whatever ends the block ends the processes, each in its own good time.
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    The handler raises nothing: Python drops exceptions in what runs around a fork.
+    """
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for process in alive:
             if process.is_alive():
                 process.terminate()

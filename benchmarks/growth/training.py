@@ -97,6 +97,7 @@ def run_config(task: Task, seed: int, work: Path, folders: dict[str, Path]) -> R
         values["start_from_moments"] = settings["start"] == "moments"
     if settings.get("start") == "upcycle":
         values["start_from"] = str(_start_folder(folders[task.name]))
+        values["start_from_moments"] = settings["upcycle"].get("moments") == "keep"
     return build_config(RunConfig, values, task.name).resolve(1)
 
 
@@ -137,7 +138,8 @@ def _upcycle(task: Task, seed: int, work: Path, folders: dict[str, Path]) -> Non
         "seed": seed,
         "sources": [{"path": str(path)} for path in paths],
         "router": {"top_k": TOP_K},
-        "router_start": {"kind": settings["router"], "tokens": CLUSTER_TOKENS},
+        "router_start": {"kind": settings["router"], "tokens": CLUSTER_TOKENS, "scale": settings.get("scale", 1.0)},
+        "moments": settings.get("moments", "zero"),
         "data": {"path": str(work / "corpus")},
     }
     if len(paths) == 1:
