@@ -46,7 +46,7 @@ from growth.scheduling import Sweep, SweepError
 from growth.training import run_task
 from rich.console import Console
 
-FULL, QUICK = Scale(750_000, 1_200_000), Scale(400_000, 640_000)
+FULL, QUICK = Scale(1_000_000, 1_600_000), Scale(400_000, 640_000)
 DOMAIN_BYTES = 1_200_000
 TUNING_SEED = 99
 GRID: list[tuple[dict[str, Any], Sequence[str]]] = [

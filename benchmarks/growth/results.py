@@ -106,6 +106,8 @@ def crossing(results: Mapping[str, Settings], plan: Plan, prefix: str = "") -> s
         for name, record in results.items()
         if name.startswith((f"{prefix}sync_", f"{prefix}btx")) and record["mean_difference"] is not None
     }
+    if sparse is None or not ours:
+        return "Communication is not compared: it takes sparse upcycling and branches."
     better = [
         (record["megabytes_sent"], name) for name, record in ours.items() if record["mean_difference"] < sparse[0]
     ]

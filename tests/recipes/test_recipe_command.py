@@ -122,7 +122,7 @@ def _check_summary(summary: dict[str, Any], plan: Plan) -> None:
     assert flops[SEED] == pytest.approx(plan.seed.flops)
     assert summary["tokens_by_stage"] == {training.name: training.tokens for training in plan.trainings}
     assert summary["inference_flops_per_token"][ENSEMBLE] == 2 * summary["inference_flops_per_token"][SEED]
-    assert list(summary["cluster_bpb"][MIXTURE]) == ["cluster-00", "cluster-01"]
+    assert {"cluster-00"} <= summary["cluster_bpb"][MIXTURE].keys() <= {"cluster-00", "cluster-01"}  # held out, few
 
 
 def _check_page(run: Path) -> None:
