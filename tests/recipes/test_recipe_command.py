@@ -130,7 +130,7 @@ def _check_page(run: Path) -> None:
     assert page.count("data:image/png;base64,") == len(PICTURES)
     for name in PICTURES:
         assert (run / name).read_bytes().startswith(b"\x89PNG")
-    for word in ("mixture of experts", "continued dense", "ensemble of branches", "cluster-01", "tune"):
+    for word in ("mixture of experts", "continued dense", "ensemble of branches", "cluster-00", "tune"):
         assert word in page
 
 
