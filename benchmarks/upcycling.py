@@ -50,11 +50,15 @@ FULL, QUICK = Scale(1_000_000, 1_600_000), Scale(400_000, 640_000)
 DOMAIN_BYTES = 1_200_000
 TUNING_SEED = 99
 GRID: list[tuple[dict[str, Any], Sequence[str]]] = [
+    ({"lr": 2e-3}, ["continued_dense"]),
+    ({"lr": 8e-3}, ["continued_dense"]),
     ({"moe_lr": 2e-3}, ["sparse_centroid"]),
     ({"moe_lr": 8e-3}, ["sparse_centroid"]),
     ({"branch_lr": 2e-3}, ["btx_centroid"]),
+    ({"branch_rows": 2}, ["sync_8"]),
     ({"outer_lr": 0.7, "outer_momentum": 0.9}, ["sync_8"]),
-    ({"branch_share": 0.25}, ["btx_centroid", "sync_8"]),
+    ({"keep_moments": True}, ["sparse_centroid", "btx_centroid"]),
+    ({"router_scale": 3.0}, ["sparse_centroid"]),
 ]
 """Changes of :class:`Tuned` that were tried, and by which arms they are judged."""
 
@@ -69,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         scale = Scale(*options.tokens) if options.tokens else QUICK if options.quick else FULL
         plan = Plan(scale, Tuned(), domain_shares(corpus), options.quick)
         if options.tune:
-            return tune(sweep, plan, corpus["digest"])
+            return tune(sweep, plan, corpus["digest"], options.output)
         seeds = options.seeds or ([0, 1] if options.quick else [0, 1, 2])
         keys = {seed: plan.keys(seed, corpus["digest"]) for seed in seeds}
         wanted = [plan.arms[name].task for name in options.arms or plan.arms]
@@ -92,17 +96,25 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def tune(sweep: Sweep, plan: Plan, corpus: str) -> int:
-    """Try every change of the grid on a seed that is not reported, and print what it gives beside no change."""
+def tune(sweep: Sweep, plan: Plan, corpus: str, output: Path | None) -> int:
+    """Try every change of the grid on a seed that is not reported, and print what it gives beside no change; written
+    to ``cbtx-tuning.md`` in a folder for results too."""
     tried: list[tuple[dict[str, Any], Sequence[str]]] = [({}, sorted({arm for _, arms in GRID for arm in arms})), *GRID]
+    rows = ["| change | arm | bits/byte |", "| --- | --- | --- |"]
     for change, arms in tried:
         changed = Plan(plan.scale, replace(plan.tuned, **change), plan.shares, quick=False)
         keys = {TUNING_SEED: changed.keys(TUNING_SEED, corpus)}
         sweep.complete(changed.tasks, keys, [changed.arms[name].task for name in arms])
         for name in arms:
-            found = sweep.result(keys[TUNING_SEED][changed.arms[name].task])
+            arm = changed.arms[name]
+            found = sweep.result(keys[TUNING_SEED][arm.task])
             assert found is not None
-            print(f"{change or 'as chosen'}: {name} {found[changed.arms[name].value]:.4f}", flush=True)
+            setting = ", ".join(f"{field} = {value}" for field, value in change.items()) or "none"
+            rows.append(f"| {setting} | {arm.label} | {found[arm.value]:.4f} |")
+            print(rows[-1], flush=True)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "cbtx-tuning.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return 0
 
 

@@ -22,6 +22,10 @@ BETTER_DOMAIN = "reference"
 SYNC_EVERY = (1, 8, 64)
 TEMPERATURES = (0.05, 0.2, 1.0)
 SEED_LENGTHS = {"short": 0.5, "long": 3.0}
+BRANCH_SHARES = (0.05, 0.15)
+"""Of the budget, in branches, besides :attr:`Tuned.branch_share`."""
+FEED_FORWARD = ["blocks.*.channel.*"]
+"""What a branch trains that leaves its trunk as it is in the seed."""
 
 Settings = dict[str, Any]
 
@@ -175,6 +179,7 @@ class Plan:
         self._from_scratch("from_scratch", "mixture from scratch", self.mixture, tuned.moe_lr)
         if not quick:
             self._synced("", "seed", SYNC_EVERY[1:])
+            self._shares()
             self._controls()
             self._schedules_and_data()
             for prefix, factor in SEED_LENGTHS.items():
@@ -207,11 +212,10 @@ class Plan:
 
     def _ensemble(self, name: str, mixtures: Sequence[Settings]) -> tuple[str, ...]:
         """Branches and their evaluation together; gives the branches."""
-        self._branches(name, "seed", 1.0, mixtures, decay=self.tuned.decay)
-        runs = _members(name)
-        settings = {"runs": runs, "by_cluster": name == "final"}
-        self._add(Task(f"{name}/ensemble", "ensemble", settings, tuple(runs)))
-        return tuple(runs)
+        runs = self._branches(name, "seed", 1.0, mixtures, decay=self.tuned.decay)
+        settings = {"runs": list(runs), "by_cluster": name == "final"}
+        self._add(Task(f"{name}/ensemble", "ensemble", settings, runs))
+        return runs
 
     def _copies(self) -> None:
         """Mixtures of copies of the seed."""
@@ -236,14 +240,27 @@ class Plan:
     def _btx(self, prefix: str, seed: str, kinds: Sequence[str] = ("random", "centroid")) -> None:
         """Branches that become experts."""
         share = self.tuned.branch_share
-        self._branches(prefix + "half", seed, share, _clusters(), decay=0.0)
-        runs = _members(prefix + "half")
+        runs = self._branches(prefix + "half", seed, share, _clusters(), decay=0.0)
         baseline = prefix + BASELINE
         for kind in kinds:
             name = prefix + ("btx" if kind == "random" else f"btx_{kind}")
-            self._upcycled(name, f"BTX, {kind} router", runs, tuple(runs), "btx", kind, baseline=baseline)
+            self._upcycled(name, f"BTX, {kind} router", runs, runs, "btx", kind, baseline=baseline)
         if not prefix:
-            self._upcycled("btx_moa", "BTX + MoA, centroid router", runs, tuple(runs), "btx+moa", "centroid")
+            self._upcycled("btx_moa", "BTX + MoA, centroid router", runs, runs, "btx+moa", "centroid")
+
+    def _shares(self) -> None:
+        """Less of the budget in branches, and branches whose trunks are equal because none is trained; what those save
+        is not taken off their FLOPs."""
+        for share in (*BRANCH_SHARES, self.tuned.branch_share):
+            part = f"{share:.0%} of the budget"
+            if share in BRANCH_SHARES:
+                runs = self._branches(f"share_{share}", "seed", share, _clusters(), decay=0.0)
+                self._upcycled(
+                    f"btx_share_{share}", f"BTX, branches {part}, centroid router", runs, runs, "btx", "centroid"
+                )
+            runs = self._branches(f"ffn_{share}", "seed", share, _clusters(), decay=0.0, trainable=FEED_FORWARD)
+            label = f"BTX, branches train only feed-forward layers, {part}"
+            self._upcycled(f"btx_ffn_{share}", label, runs, runs, "btx", "centroid")
 
     def _synced(self, prefix: str, seed: str, every: Sequence[int]) -> None:
         """Branches that share their trunk every so many steps, then become experts."""
@@ -323,15 +340,18 @@ class Plan:
         self._btx(prefix, seed, ("centroid",))
         self._synced(prefix, seed, (SYNC_EVERY[0], SYNC_EVERY[1]))
 
-    def _branches(self, name: str, seed: str, share: float, mixtures: Sequence[Settings], decay: float) -> None:
-        """One run for each cluster; where there is no cluster, each has an order of its own."""
+    def _branches(
+        self, name: str, seed: str, share: float, mixtures: Sequence[Settings], decay: float, **settings: Any
+    ) -> tuple[str, ...]:
+        """One run for each cluster; where there is no cluster, each has an order of its own. Gives their names."""
         rows = self.tuned.branch_rows
         steps = self.scale.steps(share * self.budget / CLUSTERS, self.dense, rows)
         schedule, lr = {"warmup": 0.0, "decay": decay}, self.tuned.branch_lr
         for number, mixture in enumerate(mixtures):
-            changes = {"mixtures": [mixture] if mixture else [], "evaluate": False, "rows": rows}
+            changes = {"mixtures": [mixture] if mixture else [], "evaluate": False, "rows": rows} | settings
             order = 1 if mixture else 2 + number
             self._train(f"{name}/{number}", self.dense, steps, lr, schedule, order, "moments", (seed,), **changes)
+        return _members(name)
 
     def _upcycled(
         self,
@@ -437,5 +457,5 @@ def _clusters() -> list[Settings]:
     return [{"weights": {f"*/cluster-{number:02d}": 1.0}} for number in range(CLUSTERS)]
 
 
-def _members(name: str) -> list[str]:
-    return [f"{name}/{number}" for number in range(CLUSTERS)]
+def _members(name: str) -> tuple[str, ...]:
+    return tuple(f"{name}/{number}" for number in range(CLUSTERS))

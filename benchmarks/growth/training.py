@@ -90,6 +90,7 @@ def run_config(task: Task, seed: int, work: Path, folders: dict[str, Path]) -> R
             "keep_checkpoints": 1,
             "async_save": False,
             "log_every": 500,
+            "trainable": settings.get("trainable", "all"),
         },
     }
     if settings.get("start") in ("weights", "moments"):
