@@ -193,7 +193,7 @@ class Plan:
         """Go on as a dense model, on the text that all other arms go on with."""
         name = prefix + "dense"
         self._dense(name, "moments", seed)
-        self._arm(prefix + BASELINE, "continued dense", name, (name,), prefix + BASELINE)
+        self._arm(prefix + BASELINE, "continued dense" + _of_seed(prefix), name, (name,), prefix + BASELINE)
 
     def _dense(self, name: str, start: str, seed: str, **changes: Any) -> None:
         """Continued dense training; where its moments are new the learning rate rises again."""
@@ -244,7 +244,7 @@ class Plan:
         baseline = prefix + BASELINE
         for kind in kinds:
             name = prefix + ("btx" if kind == "random" else f"btx_{kind}")
-            self._upcycled(name, f"BTX, {kind} router", runs, runs, "btx", kind, baseline=baseline)
+            self._upcycled(name, f"BTX, {kind} router{_of_seed(prefix)}", runs, runs, "btx", kind, baseline=baseline)
         if not prefix:
             self._upcycled("btx_moa", "BTX + MoA, centroid router", runs, runs, "btx+moa", "centroid")
 
@@ -281,7 +281,7 @@ class Plan:
             flops = CLUSTERS * self.scale.flops(steps, self.dense, rows)
             self._add(Task(f"{name}/branches", "sync", settings, (seed,), flops))
             runs = [f"{name}/branches:{number}" for number in range(CLUSTERS)]
-            label = f"trunk synchronised every {count} steps, centroid router"
+            label = f"trunk synchronised every {count} steps, centroid router{_of_seed(prefix)}"
             needs = (f"{name}/branches",)
             self._upcycled(name, label, runs, needs, "btx", "centroid", baseline=baseline)
 
@@ -332,9 +332,9 @@ class Plan:
         """The comparison of branches and copies for a seed of another length."""
         seed = prefix + "seed"
         self._seed(seed, factor)
-        self.arms[seed] = Arm(seed, f"a seed of {factor:g} times the length", seed, (), prefix + BASELINE, free=True)
+        self.arms[seed] = Arm(seed, "the seed" + _of_seed(prefix), seed, (), prefix + BASELINE, free=True)
         self._continued(prefix, seed)
-        label = f"sparse upcycling, centroid router, seed x {factor:g}"
+        label = f"sparse upcycling, centroid router{_of_seed(prefix)}"
         baseline = prefix + BASELINE
         self._upcycled(prefix + "sparse_centroid", label, [seed], (seed,), "sparse", "centroid", baseline=baseline)
         self._btx(prefix, seed, ("centroid",))
@@ -450,6 +450,11 @@ class Plan:
 def _written(model: LanguageConfig) -> Settings:
     """A model's config without what has its default: keys of results do not change with what LightBulb learns."""
     return model.model_dump(mode="json", exclude_defaults=True)
+
+
+def _of_seed(prefix: str) -> str:
+    """What a label says of the seed's length."""
+    return f", seed x {SEED_LENGTHS[prefix.rstrip('.')]:g}" if prefix else ""
 
 
 def _clusters() -> list[Settings]:
