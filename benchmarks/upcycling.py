@@ -37,6 +37,7 @@ from growth.results import (
     draw_communication,
     draw_differences,
     draw_seed_lengths,
+    draw_shares,
     is_equal_flops,
     markdown,
     summary,
@@ -137,6 +138,7 @@ def write(folder: Path, plan: Plan, results: dict[str, Any], line: dict[str, Any
     (folder / "cbtx-table.md").write_text(markdown(results) + "\n", encoding="utf-8")
     draw_differences(results, folder / "cbtx.png")
     draw_communication(results, folder / "cbtx-communication.png")
+    draw_shares(results, folder / "cbtx-shares.png")
     if any(f"{prefix}.{BASELINE}" in results for prefix in SEED_LENGTHS):
         draw_seed_lengths(results, SEED_LENGTHS, folder / "cbtx-seed-length.png")
 

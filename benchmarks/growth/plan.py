@@ -179,7 +179,8 @@ class Plan:
         self._from_scratch("from_scratch", "mixture from scratch", self.mixture, tuned.moe_lr)
         if not quick:
             self._synced("", "seed", SYNC_EVERY[1:])
-            self._shares()
+            self._shares("", "seed")
+            self._feed_forward()
             self._controls()
             self._schedules_and_data()
             for prefix, factor in SEED_LENGTHS.items():
@@ -248,24 +249,28 @@ class Plan:
         if not prefix:
             self._upcycled("btx_moa", "BTX + MoA, centroid router", runs, runs, "btx+moa", "centroid")
 
-    def _shares(self) -> None:
-        """Less of the budget in branches, and branches whose trunks are equal because none is trained; what those save
-        is not taken off their FLOPs."""
-        for share in (*BRANCH_SHARES, self.tuned.branch_share):
-            part = f"{share:.0%} of the budget"
-            if share in BRANCH_SHARES:
-                runs = self._branches(f"share_{share}", "seed", share, _clusters(), decay=0.0)
-                self._upcycled(
-                    f"btx_share_{share}", f"BTX, branches {part}, centroid router", runs, runs, "btx", "centroid"
-                )
-            runs = self._branches(f"ffn_{share}", "seed", share, _clusters(), decay=0.0, trainable=FEED_FORWARD)
-            label = f"BTX, branches train only feed-forward layers, {part}"
-            self._upcycled(f"btx_ffn_{share}", label, runs, runs, "btx", "centroid")
+    def _shares(self, prefix: str, seed: str) -> None:
+        """Less of the budget in branches."""
+        for share in BRANCH_SHARES:
+            runs = self._branches(f"{prefix}share_{share}", seed, share, _clusters(), decay=0.0)
+            self._mixed(f"{prefix}btx_share_{share}", f"BTX, {_branches_of(share)}{_of_seed(prefix)}", runs, prefix)
+            self._synced(prefix, seed, SYNC_EVERY[1:2], share)
 
-    def _synced(self, prefix: str, seed: str, every: Sequence[int]) -> None:
-        """Branches that share their trunk every so many steps, then become experts."""
-        share, baseline = self.tuned.branch_share, prefix + BASELINE
-        rows = self.tuned.branch_rows
+    def _feed_forward(self) -> None:
+        """Branches whose trunks are equal because none is trained; what that saves is not taken off their FLOPs."""
+        for share in (*BRANCH_SHARES, self.tuned.branch_share):
+            runs = self._branches(f"ffn_{share}", "seed", share, _clusters(), decay=0.0, trainable=FEED_FORWARD)
+            self._mixed(f"btx_ffn_{share}", f"BTX of feed-forward layers only, {_branches_of(share)}", runs)
+
+    def _mixed(self, name: str, label: str, runs: tuple[str, ...], prefix: str = "") -> None:
+        """Branches as experts, with routers from centroids."""
+        self._upcycled(name, label, runs, runs, "btx", "centroid", baseline=prefix + BASELINE)
+
+    def _synced(self, prefix: str, seed: str, every: Sequence[int], share: float | None = None) -> None:
+        """Branches that share their trunk every so many steps, then become experts; of another share of the budget."""
+        suffix = "" if share is None else f"_share_{share}"
+        part = "centroid router" if share is None else _branches_of(share)
+        rows, share = self.tuned.branch_rows, self.tuned.branch_share if share is None else share
         steps = self.scale.steps(share * self.budget / CLUSTERS, self.dense, rows)
         for count in every:
             settings = {
@@ -277,13 +282,13 @@ class Plan:
                 "order": 1,
                 "rows": rows,
             }
-            name = f"{prefix}sync_{count}"
+            name = f"{prefix}sync_{count}{suffix}"
             flops = CLUSTERS * self.scale.flops(steps, self.dense, rows)
             self._add(Task(f"{name}/branches", "sync", settings, (seed,), flops))
             runs = [f"{name}/branches:{number}" for number in range(CLUSTERS)]
-            label = f"trunk synchronised every {count} steps, centroid router{_of_seed(prefix)}"
+            label = f"trunk synchronised every {count} steps, {part}{_of_seed(prefix)}"
             needs = (f"{name}/branches",)
-            self._upcycled(name, label, runs, needs, "btx", "centroid", baseline=baseline)
+            self._upcycled(name, label, runs, needs, "btx", "centroid", baseline=prefix + BASELINE)
 
     def _from_scratch(self, name: str, label: str, model: LanguageConfig, lr: float) -> None:
         """A model that never was the seed, with its FLOPs and the budget's."""
@@ -338,7 +343,9 @@ class Plan:
         baseline = prefix + BASELINE
         self._upcycled(prefix + "sparse_centroid", label, [seed], (seed,), "sparse", "centroid", baseline=baseline)
         self._btx(prefix, seed, ("centroid",))
-        self._synced(prefix, seed, (SYNC_EVERY[0], SYNC_EVERY[1]))
+        self._synced(prefix, seed, SYNC_EVERY[:2])
+        if factor > 1:
+            self._shares(prefix, seed)
 
     def _branches(
         self, name: str, seed: str, share: float, mixtures: Sequence[Settings], decay: float, **settings: Any
@@ -455,6 +462,11 @@ def _written(model: LanguageConfig) -> Settings:
 def _of_seed(prefix: str) -> str:
     """What a label says of the seed's length."""
     return f", seed x {SEED_LENGTHS[prefix.rstrip('.')]:g}" if prefix else ""
+
+
+def _branches_of(share: float) -> str:
+    """What a label says of the share of the budget that branches have."""
+    return f"{share:.0%} in branches"
 
 
 def _clusters() -> list[Settings]:

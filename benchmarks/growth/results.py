@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from rich.table import Table
 
 from growth.corpora import CLUSTERS
-from growth.plan import BASELINE, Plan, Settings
+from growth.plan import BASELINE, BRANCH_SHARES, SYNC_EVERY, Plan, Settings, Tuned
 
 FLOAT_BYTES = 4
 JSON_ARMS = ("cbtm_ensemble", "sparse", "drop", "btx", "btx_moa", "synced", "from_scratch")
@@ -188,13 +188,13 @@ def draw_communication(results: Mapping[str, Settings], path: Path) -> None:
     with."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     families = {
-        "branches sharing their trunk, then BTX": ("sync_", "btx_centroid"),
-        "sparse upcycling": ("sparse",),
-        "drop-upcycling": ("drop",),
+        "branches sharing their trunk, then BTX": (*(f"sync_{every}" for every in SYNC_EVERY), "btx_centroid"),
+        "sparse upcycling": ("sparse", "sparse_centroid"),
+        "drop-upcycling": ("drop", "drop_centroid"),
         "c-BTM, likelihood posterior": ("cbtm_ensemble",),
     }
-    for number, (label, starts) in enumerate(families.items()):
-        found = [r for n, r in results.items() if n.startswith(starts) and r["mean_difference"] is not None]
+    for number, (label, names) in enumerate(families.items()):
+        found = [results[n] for n in names if n in results and results[n]["mean_difference"] is not None]
         found.sort(key=lambda record: record["megabytes_sent"])
         x, y = ([record[key] for record in found] for key in ("megabytes_sent", "mean_difference"))
         axes.errorbar(
@@ -228,6 +228,39 @@ def draw_seed_lengths(results: Mapping[str, Settings], lengths: Mapping[str, flo
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("length of the seed, times that of the table")
+    axes.set_ylabel("bits/byte less continued dense's")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_shares(results: Mapping[str, Settings], path: Path) -> None:
+    """Differences to continued dense against the share of the budget in branches; none in branches is copies."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    whole = Tuned().branch_share
+    families = {
+        "BTX": {share: f"btx_share_{share}" for share in BRANCH_SHARES} | {whole: "btx_centroid"},
+        "trunk synchronised": {s: f"sync_{SYNC_EVERY[1]}_share_{s}" for s in BRANCH_SHARES}
+        | {whole: f"sync_{SYNC_EVERY[1]}"},
+        "BTX of feed-forward layers only": {share: f"btx_ffn_{share}" for share in (*BRANCH_SHARES, whole)},
+    }
+    for prefix, style in (("", "o-"), ("long.", "s--")):
+        for number, (label, names) in enumerate(families.items()):
+            points = [
+                (share, results[prefix + name])
+                for share, name in ({0.0: "sparse_centroid"} | names).items()
+                if prefix + name in results and results[prefix + name]["mean_difference"] is not None
+            ]
+            if len(points) > 1:
+                axes.errorbar(
+                    [share for share, _ in points],
+                    [record["mean_difference"] for _, record in points],
+                    [record["spread"] for _, record in points],
+                    fmt=style, color=f"C{number}", capsize=3,
+                    label=label + (", seed x 3" if prefix else ""),
+                )  # fmt: skip
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("share of the budget in branches")
     axes.set_ylabel("bits/byte less continued dense's")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
