@@ -27,7 +27,6 @@ from lightbulb.train.config import RunConfig
 from lightbulb.train.fork import ForkPoint
 from lightbulb.train.manifest import complete_checkpoints, read_state, step_folder, step_of
 from lightbulb.train.origin import Origin, Parent, parent_of, write_origin
-from lightbulb.train.outer import parameter_names, trunk_names
 
 RECORD, NEXT = "branches.json", "upcycle.yaml"
 SCHEDULE = {"warmup": 0.02, "decay": 0.0}
@@ -88,11 +87,9 @@ class Branches:
             raise ConfigError(f"seed_run: {config.seed_run} is not a run folder (it has no config.yaml); name a run")
         self.seed = load_config(RunConfig, config.seed_run / "config.yaml")
         self.checkpoint = self._find_checkpoint()
-        self.corpus = (config.corpus or self.seed.data.path).expanduser()
+        self.corpus = config.corpus or self.seed.data.path.expanduser()
         self._train = Corpus(self.corpus, "train", self.seed.model.context_length, self.seed.model.vocab_size)
         self._check_tokenizer()
-        if config.sync is not None:
-            trunk_names(parameter_names(self.seed.model), config.sync.local)
 
     @cached_property
     def branches(self) -> list[Branch]:
@@ -166,7 +163,7 @@ class Branches:
     def upcycle_file(self) -> str:
         """A config of `lightbulb upcycle` that mixes the branches."""
         is_random = self.config.clusters == "random"
-        data = self.seed.data.model_dump(mode="json") | {"path": str(self.corpus), "mixture": None, "stages": []}
+        data = self.seed.data.model_dump(mode="json") | self._whole_corpus()
         values: dict[str, Any] = {
             "run": str(self.config.run / "mixture"),
             "method": "btx",
@@ -238,10 +235,14 @@ class Branches:
                 raise ConfigError(f"clusters: {number} is none of the corpus's, which are {', '.join(map(str, known))}")
         return {number: known[number] for number in numbers}
 
+    def _whole_corpus(self) -> dict[str, Any]:
+        """What replaces the seed's choice among its data."""
+        return {"path": str(self.corpus), "mixture": None, "stages": [], "part": None}
+
     def _run_file(self, cluster: int, place: int, count: int) -> RunConfig:
         config = self.config
         values = self.seed.model_dump(mode="json")
-        values["data"] |= {"path": str(self.corpus), "mixture": None, "stages": []}
+        values["data"] |= self._whole_corpus()
         if config.clusters == "random":
             values["data"]["part"] = {"number": place, "of": count}
         else:
