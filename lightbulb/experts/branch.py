@@ -21,6 +21,8 @@ from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.manifest import read_manifest
 from lightbulb.experts.branch_config import BranchConfig
 from lightbulb.experts.jobs import JobsConfig
+from lightbulb.experts.mixture_model import mixture_config
+from lightbulb.experts.upcycle_config import UpcycleConfig
 from lightbulb.folder import explained, write_atomically
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError
 from lightbulb.train.config import RunConfig
@@ -133,6 +135,10 @@ class Branches:
         saved = self.branches[0].config.train.save_every
         if self.config.sync is not None and not saved:
             found.append("sync: without train.save_every the trunk of every round stays on disk until the end; set it")
+        try:
+            mixture_config(self.seed.model, build_config(UpcycleConfig, self._mixing(), NEXT))
+        except ConfigError as error:
+            found.append(f"the branches cannot become a mixture: {error}")
         return found
 
     def prepare(self) -> None:
@@ -158,13 +164,13 @@ class Branches:
             save_config(branch.config, branch.file)
             if not complete_checkpoints(branch.folder):
                 write_origin(branch.folder, Origin(kind="branch", parents=[parent], detail=detail))
-        write_atomically(self.config.run / NEXT, self.upcycle_file())
+        write_atomically(self.config.run / NEXT, yaml.safe_dump(self._mixing(), sort_keys=False))
 
-    def upcycle_file(self) -> str:
+    def _mixing(self) -> dict[str, Any]:
         """A config of `lightbulb upcycle` that mixes the branches."""
         is_random = self.config.clusters == "random"
         data = self.seed.data.model_dump(mode="json") | self._whole_corpus()
-        values: dict[str, Any] = {
+        return {
             "run": str(self.config.run / "mixture"),
             "method": "btx",
             "sources": [{"path": str(branch.folder), "tokens": branch.needs} for branch in self.branches],
@@ -173,7 +179,6 @@ class Branches:
             "router_start": {"kind": "random" if is_random else "centroid"},
             "data": data,
         }
-        return yaml.safe_dump(values, sort_keys=False)
 
     @property
     def _step(self) -> int:

@@ -24,10 +24,8 @@ from lightbulb.train.checkpoint import CheckpointError
 from lightbulb.train.config import RunConfig
 from lightbulb.train.origin import read_origin
 
-DENSE = {
-    "vocab_size": 512, "dim": 16, "num_layers": 2, "context_length": 32,
-    "block_pattern": [{"token": {"type": "attention", "num_heads": 2}, "channel": {"type": "mlp", "hidden_dim": 32}}],
-}  # fmt: skip
+BLOCK = {"token": {"type": "attention", "num_heads": 2}, "channel": {"type": "mlp", "hidden_dim": 32}}
+DENSE = {"vocab_size": 512, "dim": 16, "num_layers": 2, "context_length": 32, "block_pattern": [BLOCK]}
 WORDS = {"sums": "{0} plus {1} is {2} .", "birds": "the {0} wrens saw {1} owls in tree {2} ."}
 
 Make = Callable[..., Branches]
@@ -103,6 +101,21 @@ def test_warnings_tell_a_decayed_seed_and_small_clusters(make: Make) -> None:
     assert "save_every" not in "".join(found)  # the seed saves every 2 steps
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"modifiers": [{"type": "lora"}]}, "merge lora into the weights first"),
+        ({"block_pattern": [BLOCK | {"channel": {"type": "switch", "num_experts": 2, "hidden_dim": 8}}]}, "layers: no"),
+    ],
+)
+def test_a_seed_whose_branches_cannot_be_mixed_is_told_before(make: Make, seed: Path, tmp_path, model, words) -> None:
+    shutil.copytree(seed, tmp_path / "seed")
+    values = read_yaml(seed / "config.yaml") | {"model": DENSE | model}
+    save_config(build_config(RunConfig, values), tmp_path / "seed" / "config.yaml")
+    (found,) = make(seed_run=str(tmp_path / "seed")).warnings()
+    assert found.startswith("the branches cannot become a mixture") and words in found
+
+
 def test_random_branches_read_disjoint_halves_of_the_corpus(make: Make) -> None:
     branches = make(clusters="random", moments="reset").branches
     rows = []
@@ -124,7 +137,8 @@ def test_a_seed_that_read_a_part_gives_branches_of_whole_clusters(make: Make, se
     save_config(build_config(RunConfig, values), tmp_path / "seed" / "config.yaml")
     branches = make(seed_run=str(tmp_path / "seed"))
     assert all(branch.config.data.part is None for branch in branches.branches)
-    assert yaml.safe_load(branches.upcycle_file())["data"]["part"] is None
+    branches.prepare()
+    assert read_yaml(branches.config.run / "upcycle.yaml")["data"]["part"] is None
 
 
 def test_folders_may_be_those_of_a_home(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
