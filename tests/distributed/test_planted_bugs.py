@@ -9,7 +9,6 @@ from pathlib import Path
 import megatron.core.tensor_parallel
 import pytest
 import torch
-from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor, nn
 
 from lightbulb.evaluation.proof import BOUNDS, compare_layout
@@ -109,14 +108,6 @@ def decay_vectors_too(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engine, "build_optimizer", build_with_decay)
 
 
-def forget_the_factors_of_the_learning_rate(patch: pytest.MonkeyPatch) -> None:
-    def set_one_rate(optimizer: ChainedOptimizer, lr: float) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-    patch.setattr(engine, "set_learning_rate", set_one_rate)
-
-
 BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], ParallelConfig, set[str], str]] = [
     # the bug, a layout that shows it, quantities that must show it, a part of the place named
     (reduce_experts_over_all_data_ranks, ParallelConfig(expert=2, data=2), {"gradient", "grad_norm"}, "experts"),
@@ -134,7 +125,6 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], ParallelConfig, set[str],
     (forget_what_other_positions_add_to_norms, ParallelConfig(tensor=2, sequence=True, data=1), {"gradient"}, "norm"),
     (draw_dropout_by_place_in_the_micro_batch, ParallelConfig(data=2), {"loss", "gradient"}, ""),
     (decay_vectors_too, ParallelConfig(data=1), {"weight"}, "norm"),
-    (forget_the_factors_of_the_learning_rate, ParallelConfig(tensor=2, data=1), {"weight"}, "blocks"),
 ]
 
 
@@ -151,7 +141,6 @@ def test_bug_breaks_the_proof(
         forget_the_tied_copy: {"tie_embeddings": True},
         share_buckets_between_tied_copies_and_others: {"tie_embeddings": True, "vocab_size": 1024},
         draw_dropout_by_place_in_the_micro_batch: {"dropout": 0.2},
-        forget_the_factors_of_the_learning_rate: {"scaling": {"base_dim": 4, "scale_emb": 3.0, "scale_depth": 0.7}},
     }
     trial, reference, folder = referenced(**changes.get(bug, {}))
     trial = replace(trial, parallel=layout, micro_batch_size=2)

@@ -9,6 +9,7 @@ import pytest
 
 from lightbulb.evaluation.proof import compare_layout
 from lightbulb.evaluation.trial import Reference, Trial
+from lightbulb.models.scaling import ScalingConfig
 from lightbulb.parallel.topology import ParallelConfig
 from lightbulb.parallel.workers import RankPool
 
@@ -30,3 +31,14 @@ def test_a_scaled_model_trains_the_same_on_two_ranks(
     trial = replace(trial, parallel=ParallelConfig(**options), micro_batch_size=2)
     result = compare_layout(trial, reference, folder, ranks)
     assert result.ok, "\n".join(result.failures)
+
+
+def test_without_the_factors_of_the_learning_rate_it_would_be_noticed(
+    ranks: RankPool, referenced: Callable[..., tuple[Trial, Reference, Path]]
+) -> None:
+    """The layout's model has a base of its own width, which changes what its hidden matrices learn at."""
+    trial, reference, folder = referenced(scaling=SCALING)
+    scaling = ScalingConfig.model_validate(SCALING | {"base_dim": trial.model.dim})
+    other = trial.model.model_copy(update={"scaling": scaling})
+    result = compare_layout(replace(trial, model=other, parallel=ParallelConfig(data=1)), reference, folder, ranks)
+    assert not result.ok
