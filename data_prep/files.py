@@ -5,6 +5,7 @@ etag), local ones by a hash of their content. Archives are refused: what they un
 decide.
 """
 
+import hashlib
 import io
 import os
 import sysconfig
@@ -90,11 +91,8 @@ def file_digest(file: InputFile) -> str:
         return xxhash.xxh3_128_hexdigest(repr(sorted(topics.topics.items())).encode())
     if not file.is_local:
         return xxhash.xxh3_128_hexdigest(f"{file.path}\0{file.stamp}".encode())
-    hasher = xxhash.xxh3_128()
     with open(file.path, "rb", buffering=0) as stream:
-        while block := stream.read(READ_BYTES):
-            hasher.update(block)
-    return hasher.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
 
 
 def check_unchanged(file: InputFile) -> None:

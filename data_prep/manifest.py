@@ -13,7 +13,7 @@ import xxhash
 from lightbulb.data.tokenizer import PATTERN
 from lightbulb.data_prep.config import CorpusConfig, SourceConfig
 from lightbulb.data_prep.counts import Counts
-from lightbulb.data_prep.files import READ_BYTES, describe_source
+from lightbulb.data_prep.files import describe_source
 from lightbulb.data_prep.mds import INDEX_NAME, SHARD_HASH
 from lightbulb.data_prep.tokenise import TOKENIZER_NAME
 from lightbulb.folder import write_atomically
@@ -87,11 +87,8 @@ def _sha256(path: Path) -> str:
 
 def file_hash(path: Path) -> str:
     """XXH64 of a file, as shards have it."""
-    hasher = xxhash.xxh64()
     with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            hasher.update(block)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh64).hexdigest()  # type: ignore[arg-type]
 
 
 def source_entry(source: SourceConfig, counts: Counts) -> dict[str, Any]:

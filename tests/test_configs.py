@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightbulb.config import load_config, read_yaml, save_config
+from lightbulb.config import load_config, read_values, read_yaml, save_config
 from lightbulb.data.config import MixtureConfig
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.evaluation.proof import ProofConfig
@@ -101,6 +101,20 @@ def test_fine_tuning_files_load_beside_the_runs_they_start_from(path, tmp_path, 
     assert run.model.model_copy(update={"modifiers": []}).cost().params == start.model.cost().params
     assert merge == any(modifier.type == "lora" for modifier in run.model.modifiers)
     assert run.optimizer.lr <= start.optimizer.lr and run.schedule.warmup <= 0.03
+
+
+def test_small_examples_go_on_from_each_others_runs_on_one_corpus():
+    """From the branches of branch.yaml on. (What starts from the quickstart's run has a corpus of its own.)"""
+    branch = load_config(BranchConfig, EXPERTS / "branch.yaml")
+    files = {p: read_values(p) for p in [*UPCYCLING, *FUSING, *FINETUNING] if not p.stem.startswith("voltron")}
+    runs = {values["run"] for values in files.values()} | {str(branch.folder(number)) for number in range(4)}
+    for path, values in files.items():
+        if values.get("start_from") == "runs/quickstart":
+            continue
+        read = {values[key] for key in ("start_from", "student", "seed_model") if key in values}
+        read |= {source["path"] for source in values.get("sources", [])}
+        assert read and read <= runs | {str(branch.seed_run)}, path
+        assert values.get("data", {}).get("path") in (None, str(branch.corpus)), path
 
 
 def test_the_cost_of_the_large_mixture_is_the_one_in_its_file():

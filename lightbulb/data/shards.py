@@ -25,7 +25,6 @@ HASHERS: dict[str, Callable[[], Any]] = {
     "xxh3_64": xxhash.xxh3_64,
     "xxh64": xxhash.xxh64,
 }
-READ_BYTES = 1 << 20
 IGNORED_LABEL = -100
 PADDING_DOCUMENT = 0  # as data_prep/pack.py has it
 
@@ -147,15 +146,13 @@ class Shards:
     def _check_hash(self, file: ShardFile) -> None:
         path = self.folder / file.basename
         name = next(name for name in HASHERS if name in file.hashes)
-        hasher = HASHERS[name]()
         try:
             with path.open("rb") as stream:
-                while block := stream.read(READ_BYTES):
-                    hasher.update(block)
+                found = hashlib.file_digest(stream, HASHERS[name]).hexdigest()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); copy the shard again") from None
-        if hasher.hexdigest() != file.hashes[name]:
+        if found != file.hashes[name]:
             raise DataError(
-                f"{path}: damaged, its {name} is {hasher.hexdigest()} and index.json says {file.hashes[name]}; "
+                f"{path}: damaged, its {name} is {found} and index.json says {file.hashes[name]}; "
                 "copy the shard again, or run `lightbulb preprocess` again"
             )

@@ -6,6 +6,7 @@ run do not matter. Shards are compared with their hash on first use. `lightbulb 
 them.
 """
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -25,7 +26,6 @@ from lightbulb.data.corpus import Corpus
 from lightbulb.nn.soft_targets import SoftTargets
 
 MANIFEST = "targets.json"
-READ_BYTES = 1 << 20
 AGAIN = "run `lightbulb upcycle` with method: fuse again"
 
 
@@ -133,11 +133,8 @@ def hash_of(path: Path) -> str:
     Raises:
         DataError: it cannot be read.
     """
-    digest = xxhash.xxh3_128()
     try:
         with path.open("rb") as stream:
-            while block := stream.read(READ_BYTES):
-                digest.update(block)
+            return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from None
-    return digest.hexdigest()

@@ -21,13 +21,14 @@ from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.manifest import read_manifest
 from lightbulb.experts.branch_config import BranchConfig
 from lightbulb.experts.jobs import JobsConfig
+from lightbulb.experts.mixture_model import mixture_config
+from lightbulb.experts.upcycle_config import UpcycleConfig
 from lightbulb.folder import explained, write_atomically
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError
 from lightbulb.train.config import RunConfig
 from lightbulb.train.fork import ForkPoint
 from lightbulb.train.manifest import complete_checkpoints, read_state, step_folder, step_of
 from lightbulb.train.origin import Origin, Parent, parent_of, write_origin
-from lightbulb.train.outer import parameter_names, trunk_names
 
 RECORD, NEXT = "branches.json", "upcycle.yaml"
 SCHEDULE = {"warmup": 0.02, "decay": 0.0}
@@ -88,11 +89,9 @@ class Branches:
             raise ConfigError(f"seed_run: {config.seed_run} is not a run folder (it has no config.yaml); name a run")
         self.seed = load_config(RunConfig, config.seed_run / "config.yaml")
         self.checkpoint = self._find_checkpoint()
-        self.corpus = (config.corpus or self.seed.data.path).expanduser()
+        self.corpus = config.corpus or self.seed.data.path.expanduser()
         self._train = Corpus(self.corpus, "train", self.seed.model.context_length, self.seed.model.vocab_size)
         self._check_tokenizer()
-        if config.sync is not None:
-            trunk_names(parameter_names(self.seed.model), config.sync.local)
 
     @cached_property
     def branches(self) -> list[Branch]:
@@ -136,6 +135,10 @@ class Branches:
         saved = self.branches[0].config.train.save_every
         if self.config.sync is not None and not saved:
             found.append("sync: without train.save_every the trunk of every round stays on disk until the end; set it")
+        try:
+            mixture_config(self.seed.model, build_config(UpcycleConfig, self._mixing(), NEXT))
+        except ConfigError as error:
+            found.append(f"the branches cannot become a mixture: {error}")
         return found
 
     def prepare(self) -> None:
@@ -161,13 +164,13 @@ class Branches:
             save_config(branch.config, branch.file)
             if not complete_checkpoints(branch.folder):
                 write_origin(branch.folder, Origin(kind="branch", parents=[parent], detail=detail))
-        write_atomically(self.config.run / NEXT, self.upcycle_file())
+        write_atomically(self.config.run / NEXT, yaml.safe_dump(self._mixing(), sort_keys=False))
 
-    def upcycle_file(self) -> str:
+    def _mixing(self) -> dict[str, Any]:
         """A config of `lightbulb upcycle` that mixes the branches."""
         is_random = self.config.clusters == "random"
-        data = self.seed.data.model_dump(mode="json") | {"path": str(self.corpus), "mixture": None, "stages": []}
-        values: dict[str, Any] = {
+        data = self.seed.data.model_dump(mode="json") | self._whole_corpus()
+        return {
             "run": str(self.config.run / "mixture"),
             "method": "btx",
             "sources": [{"path": str(branch.folder), "tokens": branch.needs} for branch in self.branches],
@@ -176,7 +179,6 @@ class Branches:
             "router_start": {"kind": "random" if is_random else "centroid"},
             "data": data,
         }
-        return yaml.safe_dump(values, sort_keys=False)
 
     @property
     def _step(self) -> int:
@@ -238,10 +240,14 @@ class Branches:
                 raise ConfigError(f"clusters: {number} is none of the corpus's, which are {', '.join(map(str, known))}")
         return {number: known[number] for number in numbers}
 
+    def _whole_corpus(self) -> dict[str, Any]:
+        """What replaces the seed's choice among its data."""
+        return {"path": str(self.corpus), "mixture": None, "stages": [], "part": None}
+
     def _run_file(self, cluster: int, place: int, count: int) -> RunConfig:
         config = self.config
         values = self.seed.model_dump(mode="json")
-        values["data"] |= {"path": str(self.corpus), "mixture": None, "stages": []}
+        values["data"] |= self._whole_corpus()
         if config.clusters == "random":
             values["data"]["part"] = {"number": place, "of": count}
         else:

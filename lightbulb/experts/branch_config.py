@@ -5,25 +5,27 @@ the corpus are its control.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lightbulb.config import Config
 from lightbulb.experts.jobs import JobsConfig
 from lightbulb.train.outer import SyncConfig
 
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+
 
 class BranchConfig(Config):
     """One run for each cluster of a corpus, from one checkpoint of a seed run."""
 
-    run: Path
+    run: Folder
     """Folder to write: `branch-N/`, the run of cluster N, with its run file `branch-N.yaml` beside it."""
-    seed_run: Path
+    seed_run: Folder
     """The run that all branches start from."""
     at_step: int | None = Field(None, ge=0)
     """Its checkpoint; None for the newest. A started set of branches keeps the one it began with."""
-    corpus: Path | None = None
+    corpus: Folder | None = None
     """A corpus in clusters, tokenised as the seed's; None for the seed's own."""
     clusters: Literal["all", "random"] | list[int] = "all"
     """Which clusters get a branch. `random`: as many branches, each with a random part of the corpus that no other

@@ -6,9 +6,11 @@ import numpy as np
 import torch
 
 from lightbulb.config import ConfigError
-from lightbulb.data.config import DataConfig, MixtureConfig
+from lightbulb.data.config import DataConfig, MixtureConfig, PartConfig
 from lightbulb.data.corpus import Corpus
 from lightbulb.data.mixture import resolve
+from lightbulb.data.sequence import rows_of_part
+from lightbulb.data.shards import Row
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.experts.upcycle_config import SourceConfig
 from lightbulb.models.language import LanguageConfig
@@ -43,13 +45,23 @@ def contexts_of(
     corpus = Corpus(path.expanduser(), "train", model.context_length, model.vocab_size)
     if tokenizer.is_file() and Tokenizer.load(tokenizer).digest != corpus.tokenizer_digest:
         raise ConfigError(f"{path}: written with another tokenizer than {tokenizer}; preprocess it with this one")
-    drawn = source.mixture or (own.mixture if own and not source.text else None) or MixtureConfig()
-    return _rows(corpus, drawn, model, tokens)
-
-
-def _rows(corpus: Corpus, mixture: MixtureConfig, model: LanguageConfig, tokens: int) -> list[list[int]]:
-    """Rows that are trained on, of about so many tokens in all: of each group its share, evenly spaced."""
     count = -(-tokens // model.context_length)
+    mixture, part = source.mixture, None
+    if own is not None and not (source.text or mixture):
+        mixture, part = own.mixture, own.part
+    found = _rows(corpus, mixture or MixtureConfig(), count) if part is None else _rows_of_part(corpus, part, count)
+    return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents, _ in found]
+
+
+def _rows_of_part(corpus: Corpus, part: PartConfig, count: int) -> list[Row]:
+    """So many rows of a random part, evenly spaced."""
+    rows = rows_of_part(len(corpus), part.number, part.of)
+    places = np.unique(np.arange(count) * len(rows) // count)  # no row of a few twice
+    return [corpus[int(row)] for row in rows[places]]
+
+
+def _rows(corpus: Corpus, mixture: MixtureConfig, count: int) -> list[Row]:
+    """So many rows of a mixture: of each group its share, evenly spaced."""
     # the i-th of n rows is that of the group in whose part of [0, 1) the middle of the i-th n-th lies, and as far in it
     middles, ends = (np.arange(count) + 0.5) / count, np.cumsum(resolve(mixture, corpus.groups).weights)
     groups = np.searchsorted(ends / ends[-1], middles, side="right")
@@ -57,8 +69,7 @@ def _rows(corpus: Corpus, mixture: MixtureConfig, model: LanguageConfig, tokens:
     sizes = np.array([len(rows) for rows in shards])[groups]
     places = np.minimum((middles - begins[groups]) / np.diff(begins)[groups] * sizes, sizes - 1).astype(int)
     chosen = dict.fromkeys(zip(groups.tolist(), places.tolist(), strict=True))  # no row of a few twice
-    found = [shards[group][place] for group, place in chosen]
-    return [ids[:-1][documents[:-1] != _PADDING].tolist() for ids, documents, _ in found]
+    return [shards[group][place] for group, place in chosen]
 
 
 def random_contexts(model: LanguageConfig, tokens: int, seed: int) -> list[list[int]]:

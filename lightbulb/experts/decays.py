@@ -14,7 +14,7 @@ from lightbulb.config import ConfigError, changed
 from lightbulb.data.config import Stage
 from lightbulb.experts.decay_table import Comparison, compare
 from lightbulb.experts.jobs import JobsConfig, run_jobs
-from lightbulb.train.config import RunConfig
+from lightbulb.train.config import DETACHED, RunConfig
 from lightbulb.train.fork import ForkPoint, fork, stable_point
 from lightbulb.train.origin import Origin, parent_of, read_origin
 from lightbulb.train.schedule import Shape, decay_start, warmup_end
@@ -92,6 +92,11 @@ def decay_config(point: ForkPoint, wanted: Decays, mix: str, folder: Path) -> Ru
         ConfigError: a setting cannot be.
     """
     config, done = point.config, point.state.step
+    if config.outer is not None:
+        raise ConfigError(
+            f"{point.run}: meets other branches (outer), which a decay of it alone would wait for; mix the branches "
+            "with `lightbulb upcycle`, train the mixture and decay that"
+        )
     length = wanted.steps if wanted.steps is not None else round(wanted.fraction * done / (1 - wanted.fraction))
     if length < 1:
         raise ConfigError(
@@ -101,8 +106,8 @@ def decay_config(point: ForkPoint, wanted: Decays, mix: str, folder: Path) -> Ru
     schedule: dict[str, Any] = {"warmup": warmup, "decay": min(length / total, 1 - warmup)}
     stages = [*_begun(config.data.stages, config, done), *([] if mix == SAME else [{"start": done, "mixture": mix}])]
     changes = {
+        **DETACHED,
         "run": str(folder),
-        "start_from": None,
         "schedule": schedule | ({"shape": wanted.shape} if wanted.shape else {}),
         "data": {"stages": stages},
         "train": {"steps": total, "batch_stages": _begun(config.train.batch_stages, config, done)},

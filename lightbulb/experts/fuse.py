@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightbulb.config import ConfigError
+from lightbulb.config import ConfigError, changed
 from lightbulb.data.corpus import Corpus
 from lightbulb.data.soft_targets import MANIFEST, DistilConfig, TargetManifest, TargetShard, hash_of
 from lightbulb.data.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ from lightbulb.experts.run_folder import untrained_config, whole_pieces, write_r
 from lightbulb.experts.source import RunSource, Source, open_source
 from lightbulb.experts.teacher import Opinion, Teacher, combined
 from lightbulb.folder import built_beside, check_writable, claim, write_atomically
-from lightbulb.train.config import RunConfig
+from lightbulb.train.config import DETACHED, RunConfig
 from lightbulb.train.manifest import digest_of
 
 SHARD_BYTES = 32 << 20
@@ -70,7 +70,7 @@ def run_config(config: FuseConfig, student: Source) -> RunConfig:
     """The run that learns from the targets.
 
     Raises:
-        ConfigError: no corpus is known.
+        ConfigError: no corpus is known, or the settings do not fit each other.
     """
     own = student.config if isinstance(student, RunSource) else None
     data = config.data or (own.data if own else None)
@@ -79,7 +79,7 @@ def run_config(config: FuseConfig, student: Source) -> RunConfig:
     base = own or untrained_config(config.run, student.model_config, data.path)
     distil = DistilConfig(targets=config.targets, language_share=config.language_share)
     changes = {"run": str(config.run), "data": data, "train": config.train or base.train, "distil": distil}
-    return base.model_copy(update=changes | {"start_from": None, "start_from_moments": False})
+    return changed(base, DETACHED | changes, source="method: fuse")
 
 
 def tokenizer_text(student: Source, data: Path) -> str:

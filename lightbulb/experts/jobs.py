@@ -26,6 +26,7 @@ from lightbulb.config import Config, load_config
 from lightbulb.folder import FolderInUse, claim
 from lightbulb.train.checkpoint import Checkpoint, CheckpointError
 from lightbulb.train.config import RunConfig
+from lightbulb.train.faults import Interrupted
 from lightbulb.train.manifest import step_folder
 from lightbulb.train.metrics import FILE_NAME
 from lightbulb.train.resume import check_resumable
@@ -37,7 +38,6 @@ LINE_SECONDS = 30.0
 """Between two lines about a run where the console is no terminal."""
 _LAST_LINES = 6
 _TAIL_BYTES = 1 << 16
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
@@ -226,20 +226,12 @@ def _work(waiting: list[_Run], jobs: JobsConfig, board: "_Board", signals: "_For
     return failed
 
 
-class _Forward:
+class _Forward(Interrupted):
     """Hands signals on to the runs that are there."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.runs: list[_Run] = []
-
-    def __enter__(self) -> "_Forward":
-        self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

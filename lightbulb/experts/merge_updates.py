@@ -20,7 +20,7 @@ from lightbulb.folder import built_beside
 from lightbulb.models.language import LanguageConfig
 from lightbulb.modifiers.bitlinear import BitLinearConfig
 from lightbulb.modifiers.lora import LoRAConfig
-from lightbulb.train.config import RunConfig
+from lightbulb.train.config import DETACHED, RunConfig
 from lightbulb.train.origin import Origin
 
 
@@ -93,6 +93,6 @@ def _updates_of(model: LanguageConfig, run: Path) -> LoRAConfig:
 
 def _merged_config(config: RunConfig, plain: LanguageConfig, out: Path) -> RunConfig:
     """Of a run that has not been trained: everything would be."""
-    values = config.model_dump(mode="json") | {"run": str(out), "start_from": None, "model": plain}
+    values = config.model_dump(mode="json") | DETACHED | {"run": str(out), "model": plain}
     values["train"] |= {"trainable": "all"}
     return build_config(RunConfig, values, str(out))

@@ -57,7 +57,7 @@ def updates_so_far(merge: Merge) -> int:
     """Updates that the moments have seen: the fewest of any source's, by which their bias is corrected.
 
     Raises:
-        ConfigError: a source has no moments.
+        ConfigError: a source has no moments, or not of all its parameters.
     """
     sources = [*merge.sources]
     if merge.seed_model is not None and merge.config.trunk == "seed_model":
@@ -67,6 +67,12 @@ def updates_so_far(merge: Merge) -> int:
         if not isinstance(source, RunSource) or not source.checkpoint.has_moments:
             raise ConfigError(
                 f"moments: keep: {source.path} has none (only runs that were trained have); set moments: zero"
+            )
+        known = source.checkpoint.manifest.tensors
+        if frozen := [name for name in merge.shapes if f"{name}:{MOMENTS[0]}" not in known]:
+            raise ConfigError(
+                f"moments: keep: {source.path} has none of {frozen[0]!r} ({len(frozen)} in all), which was frozen "
+                "(train.trainable); set moments: zero"
             )
         counts.append(source.checkpoint.state.optimizer_step)
     return min(counts)

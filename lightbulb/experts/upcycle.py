@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import orjson
 import torch
 
-from lightbulb.config import ConfigError
+from lightbulb.config import ConfigError, build_config
 from lightbulb.data.config import DataConfig
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.experts.cluster_text import contexts_of, random_contexts
@@ -96,19 +96,34 @@ def upcycle(config: UpcycleConfig) -> Receipt:
 
 
 def run_config(merge: Merge) -> RunConfig:
-    """The run that goes on with the mixture: settings of the first source that is a run, where the config has none."""
+    """The run that goes on with the mixture: settings of the first source that is a run, where the config has none. All
+    of it is trained, whatever was of the source.
+
+    Raises:
+        ConfigError: the settings do not fit each other.
+    """
     config, first = merge.config, _first_run(merge.sources)
     inherited = {} if first is None else first.model_dump(include={"optimizer", "schedule", "seed"})
-    train = config.train or (first.train if first else TrainConfig(steps=1000, global_batch_size=8, micro_batch_size=1))
-    data = config.data or (first.data if first else DataConfig(path=DATA))
+    least = TrainConfig(steps=1000, global_batch_size=8, micro_batch_size=1)
+    train = config.train or (first.train.model_copy(update={"trainable": "all"}) if first else least)
+    data = config.data or _common_data(merge.sources)
     settings = {"run": str(config.run), "model": merge.mixture, "data": data, "train": train}
-    return RunConfig.model_validate(inherited | settings)
+    return build_config(RunConfig, inherited | settings, "upcycle")
 
 
 def _origin(merge: Merge) -> Origin:
     """All that gives weights: the sources, and the seed's model where there is one."""
     models = [*merge.sources, *([merge.seed_model] if merge.seed_model else [])]
     return Origin(kind="upcycle", parents=[model.parent() for model in models], detail={"method": merge.config.method})
+
+
+def _common_data(sources: list[Source]) -> DataConfig:
+    """What the first run among the sources read; all of its corpus where others read something else of theirs."""
+    read = [source.config.data for source in sources if isinstance(source, RunSource)]
+    if not read:
+        return DataConfig(path=DATA)
+    whole = {"mixture": None, "stages": (), "part": None}
+    return read[0] if all(data == read[0] for data in read) else read[0].model_copy(update=whole)
 
 
 def _first_run(sources: list[Source]) -> RunConfig | None:

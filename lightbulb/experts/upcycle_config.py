@@ -38,7 +38,8 @@ class SourceConfig(Config):
     text: Path | None = None
     """Corpus folder of its domain, for learned routers; None for the one it was trained on."""
     mixture: Mixture | None = None
-    """Which domains or clusters of that corpus; None for those its own run began with, of `text` for all."""
+    """Which domains or clusters of that corpus; None for those (or the random part) its own run began with, of `text`
+    for all."""
     prompts: list[str] = []
     """Texts of its domain, in place of a corpus."""
 
@@ -101,9 +102,9 @@ class UpcycleConfig(Config):
     shared_expert: bool = False
     """Keep the dense channel mixer as an expert for all tokens, and start the routed ones with outputs of zero."""
     data: DataConfig | None = None
-    """Corpus of the run; None for the first source's."""
+    """Corpus of the run; None for the first source's, all of it where sources read different parts or mixtures."""
     train: TrainConfig | None = None
-    """Training settings of the run; None for the first source's."""
+    """Training settings of the run; None for the first source's, with everything trained."""
     compare: bool = True
     """Run the result on text, for its routers' loads and its difference to the dense model; layer by layer, with memory
     for two layers."""

@@ -10,9 +10,10 @@ arXiv:2203.03466; depth: 2023, arXiv:2310.02244). With the width ``m = dim / bas
 - logits divided by ``m``.
 
 Hidden matrices are those of the blocks that are drawn from a normal distribution, routers included (their inputs grow
-with the width); embedding, head, vectors and matrices with initial values of their own keep deviation and rate. What
-counts is the shape of the logical tensor, whatever part of it a rank holds. With ``m = 1``, ``scale_emb = 1`` and
-``scale_depth = sqrt(num_layers)`` the model is the one without these rules.
+with the width); embedding, head, vectors and matrices with initial values of their own keep deviation and rate. Of
+low-rank updates ``A`` learns at the divided rate, ``B``, which reads the rank, at the whole one. What counts is the
+shape of the logical tensor, whatever part of it a rank holds. With ``m = 1``, ``scale_emb = 1`` and ``scale_depth =
+sqrt(num_layers)`` the model is the one without these rules.
 """
 
 import math

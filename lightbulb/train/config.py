@@ -1,6 +1,6 @@
 """The run file: everything a pretraining run needs, checked together before anything starts."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,10 +15,13 @@ from lightbulb.ops import Kernels
 from lightbulb.parallel.optimizer import OptimizerConfig
 from lightbulb.parallel.pipeline_cut import language_stages
 from lightbulb.parallel.topology import ParallelConfig
-from lightbulb.train.outer import OuterConfig
+from lightbulb.train.outer import OuterConfig, shared_names
 from lightbulb.train.schedule import ScheduleConfig, decay_start
 
-__all__ = ["RunConfig", "TrainConfig"]
+__all__ = ["DETACHED", "RunConfig", "TrainConfig"]
+
+DETACHED: dict[str, Any] = {"start_from": None, "start_from_moments": False, "outer": None}
+"""Where a run began and whom it meets: what another run does not take over with its settings."""
 
 
 class BatchStage(Stage):
@@ -108,6 +111,12 @@ class RunConfig(Config):
                 trained_names(self.model, self.train.trainable)
             except ValueError as error:
                 raise ValueError(f"train.{error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _branches_share_something(self) -> "RunConfig":
+        if self.outer is not None:
+            shared_names(self.model, trained_names(self.model, self.train.trainable), self.outer.local)
         return self
 
     @model_validator(mode="after")

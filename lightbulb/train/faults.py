@@ -8,10 +8,11 @@ import math
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import NamedTuple
+from types import FrameType
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
@@ -23,21 +24,32 @@ ACTIONS = ("kill", "stop", "hang", "raise", "sleep", "exit", "nan")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class StopSignal:
-    """Context in which SIGTERM, SIGINT and SIGUSR1 (batch systems) ask for a stop instead of ending the process."""
+class Interrupted(ABC):
+    """Context in which SIGTERM, SIGINT and SIGUSR1 (batch systems) are handled instead of ending the process."""
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @abstractmethod
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """What a signal does."""
+
+
+class StopSignal(Interrupted):
+    """Signals ask for a stop at the next step boundary.
+
+    Attributes:
+        received: when the first one came, by the monotonic clock; None before.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.received: float | None = None
-        self._before: dict[signal.Signals, object] = {}
-
-    def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def requested(self) -> bool:
         """Whether any rank was asked to stop (a collective: call it at the same place on every rank)."""

@@ -37,9 +37,10 @@ def load_finetune_config(path: str | Path, overrides: list[str] | tuple[str, ...
     if not isinstance(merge, bool):
         raise ConfigError(f"{path}: merge: {merge!r} is neither true nor false")
     start = _start(values.get("start_from"), path)
-    train = values.get("train")
+    train, schedule = values.get("train"), values.get("schedule")
     trainable = train.get("trainable", "all") if isinstance(train, dict) else "all"
-    defaults = _defaults(start, is_whole=updates is None and trainable == "all")
+    warmup = schedule.get("warmup", WARMUP) if isinstance(schedule, dict) else WARMUP
+    defaults = _defaults(start, updates is None and trainable == "all", warmup)
     data = values.get("data")
     if isinstance(data, dict) and holds_conversations(Path(str(data.get("path"))).expanduser()):
         defaults["data"] = {"document_mask": True}  # else a pair would see the pairs before it in its row
@@ -68,12 +69,13 @@ def _start(folder: Any, path: str | Path) -> RunConfig:
     return load_config(RunConfig, file)
 
 
-def _defaults(start: RunConfig, is_whole: bool) -> dict[str, Any]:
+def _defaults(start: RunConfig, is_whole: bool, warmup: Any) -> dict[str, Any]:
     """What the file need not say. A whole model goes on with a tenth of its peak learning rate, parts of it and updates
-    with all of it; both after a short warmup, for fresh moments are zero, and down to zero."""
+    with all of it; both after a short warmup, for fresh moments are zero, and from its end down to zero."""
     inherited = start.model_dump(mode="json", include={"model", "optimizer", "prompts"})
     lr = start.optimizer.lr * (0.1 if is_whole else 1.0)
-    return over(inherited, {"optimizer": {"lr": lr}, "schedule": {"warmup": WARMUP, "decay": 1 - WARMUP}})
+    decay = 1 - warmup if isinstance(warmup, int | float) and 0 <= warmup <= 1 else 0.0  # else warmup is the error
+    return over(inherited, {"optimizer": {"lr": lr}, "schedule": {"warmup": WARMUP, "decay": decay}})
 
 
 def _with_updates(run: RunConfig, updates: Any, path: str) -> RunConfig:

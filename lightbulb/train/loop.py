@@ -30,7 +30,7 @@ from lightbulb.parallel.engine import Engine, StepResult
 from lightbulb.parallel.host import Precision
 from lightbulb.train.accounts import DomainAccount, HeldOutTally, bytes_predicted
 from lightbulb.train.agreement import check_same_on_all_ranks
-from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into, newest_checkpoint
+from lightbulb.train.checkpoint import Checkpoint, CheckpointError, load_into
 from lightbulb.train.config import RunConfig
 from lightbulb.train.exchange import ExchangeError
 from lightbulb.train.faults import StopSignal, fault_point, poisoned
@@ -40,7 +40,7 @@ from lightbulb.train.ledger import Ledger, rewind_ledger
 from lightbulb.train.manifest import TrainState, set_aside_newer, step_folder, sweep
 from lightbulb.train.meeting import Outer
 from lightbulb.train.metrics import FILE_NAME, MetricsWriter, read_metrics
-from lightbulb.train.resume import check_resumable, settle_precision
+from lightbulb.train.resume import find_checkpoint, settle_precision
 from lightbulb.train.save import Saver
 from lightbulb.train.schedule import learning_rate_factor
 from lightbulb.train.spikes import WINDOW, SpikeRule
@@ -76,7 +76,7 @@ class Trainer:
         try:
             on_rank_zero(self._claim)
             self._watchdog = self._cleanup.enter_context(Watchdog(self.folder, config.train.hang_seconds))
-            checkpoint = self._find_checkpoint(config)
+            checkpoint = find_checkpoint(self.folder, config)
             self.config = settle_precision(config, checkpoint, device)
             self._build(checkpoint)
         except BaseException:
@@ -187,21 +187,6 @@ class Trainer:
         check_writable(self.folder)
         sweep(self.folder)
         sweep_heartbeats(self.folder)
-
-    def _find_checkpoint(self, config: RunConfig) -> Checkpoint | None:
-        checkpoint, problems = newest_checkpoint(self.folder, together=True)
-        for problem in problems:
-            log.warning("passed over a checkpoint: %s", problem)
-        if checkpoint is None:
-            if problems:
-                raise CheckpointError(
-                    f"{self.folder}: no checkpoint is intact ({problems[0]}); restore one, or remove the checkpoints "
-                    "folder to start anew"
-                )
-            return None
-        for change in check_resumable(checkpoint, config):
-            log.warning("resuming with a changed setting: %s", change)
-        return checkpoint
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
         config = self.config

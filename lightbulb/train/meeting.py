@@ -18,7 +18,7 @@ from lightbulb.parallel.engine import Engine
 from lightbulb.train.exchange import Exchange, ExchangeError
 from lightbulb.train.faults import StopSignal, fault_point
 from lightbulb.train.manifest import complete_checkpoints, step_of
-from lightbulb.train.outer import OuterConfig, parameter_names, trunk_names
+from lightbulb.train.outer import OuterConfig, shared_names
 from lightbulb.train.tensor_file import TensorFileError
 from lightbulb.train.watchdog import Watchdog
 
@@ -65,7 +65,7 @@ class Outer:
         watchdog: told that waiting is no hang.
 
     Raises:
-        ConfigError: no trunk, or a pattern without a parameter.
+        ConfigError: nothing of a trunk is trained, or a pattern names no parameter.
     """
 
     def __init__(self, config: OuterConfig, engine: Engine, run: Path, stop: StopSignal, watchdog: Watchdog):
@@ -74,10 +74,9 @@ class Outer:
         self._stop, self._watchdog = stop, watchdog
         layout = f"{engine.parallel.label()} on {dist.get_world_size()} ranks"
         self._exchange = Exchange(config, dist.get_rank(), layout)
-        shared = set(trunk_names(parameter_names(engine.model_config), config.local))
-        trunk = [(name, p) for name, p in engine.all_parameters() if name in shared and p.requires_grad]
-        self._trunk: list[tuple[str, nn.Parameter]] = trunk
-        self._shapes = {name: tuple(p.shape) for name, p in trunk if self._owner(p) == dist.get_rank()}
+        shared = shared_names(engine.model_config, engine.trained, config.local)
+        self._trunk: list[tuple[str, nn.Parameter]] = [pair for pair in engine.all_parameters() if pair[0] in shared]
+        self._shapes = {name: tuple(p.shape) for name, p in self._trunk if self._owner(p) == dist.get_rank()}
         self._beat(0)
 
     def is_due(self, step: int) -> bool:

@@ -7,7 +7,7 @@ branches that each read a cluster of the corpus, H = 1 is a mixture of experts r
 and H larger than the run is the branch phase of Branch-Train-MiX.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -55,12 +55,6 @@ class OuterConfig(SyncConfig):
         return self
 
 
-def parameter_names(model: LanguageConfig) -> list[str]:
-    """All of a model's, whatever rank holds them."""
-    with torch.device("meta"):
-        return [name for name, _ in model.build().named_parameters()]
-
-
 def trunk_names(names: Iterable[str], local: Sequence[str]) -> list[str]:
     """The parameters that branches share, of all of a model.
 
@@ -75,6 +69,22 @@ def trunk_names(names: Iterable[str], local: Sequence[str]) -> list[str]:
     if not trunk:
         raise ConfigError(f"sync.local: {local} match every parameter and leave no trunk; leave sync out")
     return trunk
+
+
+def shared_names(model: LanguageConfig, trained: Collection[str], local: Sequence[str]) -> frozenset[str]:
+    """The parameters that branches bring together: those of the trunk that are trained.
+
+    Raises:
+        ConfigError: there are none, or a pattern matches no parameter.
+    """
+    with torch.device("meta"):
+        names = [name for name, _ in model.build().named_parameters()]
+    shared = frozenset(trunk_names(names, local)).intersection(trained)
+    if not shared:
+        raise ConfigError(
+            f"sync.local: {list(local)} leaves a trunk of which train.trainable trains nothing; leave sync out"
+        )
+    return shared
 
 
 def average(values: Sequence[Tensor]) -> Tensor:

@@ -26,12 +26,12 @@ from lightbulb.config import ConfigError
 from lightbulb.train.ancestry import is_launcher
 from lightbulb.train.config import RunConfig
 from lightbulb.train.ending import read_outcome
+from lightbulb.train.faults import IMPATIENCE_SECONDS, Interrupted
 from lightbulb.train.manifest import FOLDER
 
 POLL_SECONDS = 0.5
 LEFTOVER_SECONDS = 30.0
 """How long ranks of a failed job may take to end before they are killed."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Job(NamedTuple):
@@ -154,20 +154,12 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-class _Forward:
+class _Forward(Interrupted):
     """Hands signals on to the ranks, which save and stop; a second SIGINT, a second later, kills them."""
 
     def __init__(self) -> None:
         self.received: float | None = None
         self._child: psutil.Popen | None = None
-
-    def __enter__(self) -> "_Forward":
-        self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     @contextmanager
     def to(self, child: psutil.Popen) -> Iterator[None]:
@@ -179,7 +171,8 @@ class _Forward:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        impatient = number == signal.SIGINT and self.received is not None and now - self.received > 1.0
+        waited = 0.0 if self.received is None else now - self.received
+        impatient = number == signal.SIGINT and waited > IMPATIENCE_SECONDS
         self.received = self.received or now
         if self._child is None:
             return

@@ -4,15 +4,19 @@ The config in force is always the one the run is started with; nothing of the ch
 is possible at all, worth a word, or nobody's business is written in :data:`RULES`.
 """
 
+import logging
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from lightbulb.config import ConfigError, build_config, flatten
 from lightbulb.parallel.host import Precision, pick_precision
-from lightbulb.train.checkpoint import Checkpoint, CheckpointError
+from lightbulb.train.checkpoint import Checkpoint, CheckpointError, newest_checkpoint
 from lightbulb.train.config import RunConfig
+
+log = logging.getLogger(__name__)
 
 
 class Rule(Enum):
@@ -58,6 +62,29 @@ RULES = {
 """Setting to rule; the longest name that a setting's path begins with counts. What is not here is SAID."""
 
 MAX_NAMED = 8
+
+
+def find_checkpoint(run: Path, config: RunConfig) -> Checkpoint | None:
+    """What a run goes on from, with a warning for each damaged checkpoint and each changed setting (a collective).
+
+    Returns:
+        None where the run has not saved yet.
+
+    Raises:
+        CheckpointError: none is whole, or a change is not allowed.
+    """
+    checkpoint, problems = newest_checkpoint(run, together=True)
+    for problem in problems:
+        log.warning("passed over a checkpoint: %s", problem)
+    if checkpoint is not None:
+        for change in check_resumable(checkpoint, config):
+            log.warning("resuming with a changed setting: %s", change)
+    elif problems:
+        raise CheckpointError(
+            f"{run}: no checkpoint is intact ({problems[0]}); restore one, or remove the checkpoints folder to start "
+            "anew"
+        )
+    return checkpoint
 
 
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> list[str]:

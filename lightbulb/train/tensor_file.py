@@ -7,6 +7,7 @@ outside the file or allocate more than the caller asked for.
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import mmap
@@ -100,19 +101,15 @@ def hash_file(path: Path, size: int) -> str:
     Raises:
         TensorFileError: missing, a link or no file, another size, or unreadable.
     """
-    digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(min(CHUNK, max(size, 1))))
     with open_regular(path) as file:
         found = os.fstat(file.fileno()).st_size
         if found != size:
             raise TensorFileError(f"{path}: damaged: {found} bytes, {size} were written")
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         try:
-            while count := file.readinto(buffer):  # type: ignore[attr-defined]
-                digest.update(buffer[:count])
+            return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
         except OSError as error:
             raise TensorFileError(f"{path}: cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -242,6 +242,14 @@ def test_wrong_files_are_errors(tuning: Callable[..., Path], tmp_path: Path, bas
         assert message in str(caught.value)
 
 
+def test_the_decay_begins_where_the_warmup_ends(tuning: Callable[..., Path]) -> None:
+    for schedule, wanted in (({}, (0.03, 0.97)), ({"warmup": 0.1}, (0.1, 0.9)), ({"decay": 0.5}, (0.03, 0.5))):
+        found = load_finetune_config(tuning("tuned", schedule=schedule)).run.schedule
+        assert (found.warmup, found.decay) == wanted
+    with pytest.raises(ConfigError, match=r"schedule\.warmup: .*less than 1"):
+        load_finetune_config(tuning("tuned", schedule={"warmup": 3}))
+
+
 def test_another_tokenizer_is_an_error(tuning: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     Tokenizer.train(["other words"], 300).save(tmp_path / "other" / "tokenizer.json")

@@ -11,20 +11,21 @@ import yaml
 from processes import Command
 from training_runs import TRAIN, losses, write_run_file
 
-from lightbulb.config import ConfigError, build_config, load_config
+from lightbulb.config import ConfigError, build_config, load_config, read_yaml, save_config
 from lightbulb.data.loader import TrainLoader
 from lightbulb.experts.branch import Branches
 from lightbulb.experts.branch_config import BranchConfig
+from lightbulb.experts.receipt import read_receipt
 from lightbulb.experts.upcycle_config import load_upcycle_config
 from lightbulb.launcher.branch import main
+from lightbulb.launcher.pretrain import pretrain
+from lightbulb.launcher.upcycle import main as upcycle
 from lightbulb.train.checkpoint import CheckpointError
 from lightbulb.train.config import RunConfig
 from lightbulb.train.origin import read_origin
 
-DENSE = {
-    "vocab_size": 512, "dim": 16, "num_layers": 2, "context_length": 32,
-    "block_pattern": [{"token": {"type": "attention", "num_heads": 2}, "channel": {"type": "mlp", "hidden_dim": 32}}],
-}  # fmt: skip
+BLOCK = {"token": {"type": "attention", "num_heads": 2}, "channel": {"type": "mlp", "hidden_dim": 32}}
+DENSE = {"vocab_size": 512, "dim": 16, "num_layers": 2, "context_length": 32, "block_pattern": [BLOCK]}
 WORDS = {"sums": "{0} plus {1} is {2} .", "birds": "the {0} wrens saw {1} owls in tree {2} ."}
 
 Make = Callable[..., Branches]
@@ -100,6 +101,21 @@ def test_warnings_tell_a_decayed_seed_and_small_clusters(make: Make) -> None:
     assert "save_every" not in "".join(found)  # the seed saves every 2 steps
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"modifiers": [{"type": "lora"}]}, "merge lora into the weights first"),
+        ({"block_pattern": [BLOCK | {"channel": {"type": "switch", "num_experts": 2, "hidden_dim": 8}}]}, "layers: no"),
+    ],
+)
+def test_a_seed_whose_branches_cannot_be_mixed_is_told_before(make: Make, seed: Path, tmp_path, model, words) -> None:
+    shutil.copytree(seed, tmp_path / "seed")
+    values = read_yaml(seed / "config.yaml") | {"model": DENSE | model}
+    save_config(build_config(RunConfig, values), tmp_path / "seed" / "config.yaml")
+    (found,) = make(seed_run=str(tmp_path / "seed")).warnings()
+    assert found.startswith("the branches cannot become a mixture") and words in found
+
+
 def test_random_branches_read_disjoint_halves_of_the_corpus(make: Make) -> None:
     branches = make(clusters="random", moments="reset").branches
     rows = []
@@ -112,6 +128,38 @@ def test_random_branches_read_disjoint_halves_of_the_corpus(make: Make) -> None:
         loader.close()
     assert not rows[0] & rows[1] and len(rows[0] | rows[1]) == len(loader.corpus)
     assert not branches[0].config.start_from_moments
+
+
+def test_a_seed_that_read_a_part_gives_branches_of_whole_clusters(make: Make, seed: Path, tmp_path: Path) -> None:
+    shutil.copytree(seed, tmp_path / "seed")
+    values = read_yaml(seed / "config.yaml")
+    values["data"]["part"] = {"number": 0, "of": 2}
+    save_config(build_config(RunConfig, values), tmp_path / "seed" / "config.yaml")
+    branches = make(seed_run=str(tmp_path / "seed"))
+    assert all(branch.config.data.part is None for branch in branches.branches)
+    branches.prepare()
+    assert read_yaml(branches.config.run / "upcycle.yaml")["data"]["part"] is None
+
+
+def test_folders_may_be_those_of_a_home(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    branches = make(run="~/branches")
+    assert branches.config.run == tmp_path / "branches" == branches.branches[0].folder.parent
+
+
+@pytest.mark.parametrize(("clusters", "kind"), [("all", "centroid"), ("random", "random")])
+def test_the_next_steps_config_is_run_as_it_is(make: Make, capsys, clusters: str, kind: str) -> None:
+    branches = make(clusters=clusters, train={"steps": 2})
+    branches.prepare()
+    for branch in branches.branches:
+        assert pretrain(branch.config) == 0
+    config, mixture = branches.config.run / "upcycle.yaml", branches.config.run / "mixture"
+    assert upcycle([str(config)]) == 0, capsys.readouterr()
+    receipt = read_receipt(mixture / "receipt.json")
+    assert receipt is not None and len(receipt.routers) == 2 and read_yaml(config)["router_start"]["kind"] == kind
+    assert load_config(RunConfig, mixture / "config.yaml").data.mixture is None
+    # The control of learned routers: they are asked to tell parts that do not differ.
+    assert upcycle([str(config), "router_start.kind=centroid", f"run={mixture}-2"]) == 0, capsys.readouterr()
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import pytest
 import yaml
 from training_runs import final_hashes, losses, write_run_file
 
-from lightbulb.config import build_config, load_config
+from lightbulb.config import ConfigError, build_config, load_config
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.data_prep.pipeline import preprocess
+from lightbulb.experts.decays import Decays, decay_config
 from lightbulb.experts.jobs import is_complete
 from lightbulb.launcher import branch_decay, pretrain, verify
 from lightbulb.train.config import RunConfig
@@ -157,6 +158,18 @@ def test_a_step_of_the_warmup_is_refused(trunk: Path, tmp_path: Path, capsys) ->
     config = build_config(RunConfig, state["config"])
     point = ForkPoint(step_folder(trunk, 4), read_state(step_folder(trunk, 4)), config)
     assert point.unstable == "step 4 is in the warmup, which lasts to step 6"
+
+
+def test_a_decay_begins_by_itself_and_meets_nobody(trunk: Path, tmp_path: Path) -> None:
+    """Of a run that took weights and moments from another one; of one that has sister branches."""
+    state = read_state(step_folder(trunk, STABLE))
+    began = build_config(RunConfig, state.config | {"start_from": "runs/seed", "start_from_moments": True})
+    config = decay_config(ForkPoint(step_folder(trunk, STABLE), state, began), Decays(trunk), "same", tmp_path)
+    assert config.start_from is None and not config.start_from_moments
+    outer = {"every": 2, "folder": str(tmp_path / "exchange"), "branch": 0, "branches": 2}
+    branch = ForkPoint(step_folder(trunk, STABLE), state, build_config(RunConfig, state.config | {"outer": outer}))
+    with pytest.raises(ConfigError, match="meets other branches"):
+        decay_config(branch, Decays(trunk), "same", tmp_path)
 
 
 def test_the_newest_stable_step_and_a_tenth_are_the_defaults(trunk: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dense_runs import MODEL, make_run, model_of, tensors
 
-from lightbulb.config import ConfigError, build_config
+from lightbulb.config import ConfigError, build_config, read_yaml, save_config
 from lightbulb.data.config import DataConfig, DataError
 from lightbulb.data.corpus import Corpus
 from lightbulb.data.loader import TrainLoader
@@ -22,12 +22,14 @@ from lightbulb.experts import fuse as fusing
 from lightbulb.experts.fuse import fused, fusion_weights
 from lightbulb.experts.fuse_config import FuseConfig
 from lightbulb.experts.receipt import RECEIPT, read_receipt
+from lightbulb.experts.source import open_source
 from lightbulb.experts.teacher import Opinion, combined
 from lightbulb.experts.translate import Translation, edit_distances
 from lightbulb.folder import FolderError
 from lightbulb.launcher.upcycle import main
 from lightbulb.nn.cross_entropy import IGNORE
 from lightbulb.nn.soft_targets import SoftTargets
+from lightbulb.train.config import RunConfig
 
 LENGTH = MODEL["context_length"]
 WORDS = ["when ", "the ", "moon ", "is ", "späte ", "Züge ", "12 ", "345\n"]
@@ -207,6 +209,20 @@ def test_the_command_writes_a_run_of_the_student(tmp_path, corpus, source, capsy
     receipt = read_receipt(tmp_path / "student" / RECEIPT)
     assert receipt.conversion == "fuse" and len(receipt.sources) == 2
     assert targets_of(tmp_path / "targets", corpus).manifest.top_k == 3
+
+
+def test_the_students_run_begins_by_itself_and_meets_nobody(tmp_path, corpus, source):
+    """The student is a branch that began warm and has sisters."""
+    student = source(1)
+    outer = {"every": 2, "folder": str(tmp_path / "exchange"), "branch": 0, "branches": 2}
+    values = read_yaml(student / "config.yaml") | {"outer": outer, "start_from": "seed", "start_from_moments": True}
+    save_config(build_config(RunConfig, values), student / "config.yaml")
+    config = fusing.run_config(config_of(tmp_path, corpus, [student]), open_source(student))
+    assert config.outer is None and config.start_from is None and config.data.path == corpus
+    assert config.distil is not None and config.distil.targets == tmp_path / "targets"
+    train = {"steps": 1, "global_batch_size": 3, "micro_batch_size": 2}
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size 3 is not a multiple"):
+        fusing.run_config(config_of(tmp_path, corpus, [student], train=train), open_source(student))
 
 
 def test_damaged_and_strange_targets_are_named(tmp_path, corpus, source):

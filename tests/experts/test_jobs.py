@@ -71,18 +71,19 @@ def test_commands_follow_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_that_is_still_saving_is_waited_for(tmp_path: Path) -> None:
-    held = threading.Event()
+    held, ended = threading.Event(), threading.Event()
 
     def save() -> None:
         with claim(tmp_path / "run"):
             held.set()
             time.sleep(0.6)
+            ended.set()
 
     threading.Thread(target=save).start()
     held.wait()
     began = time.monotonic()
     wait_until_free([tmp_path / "run", tmp_path / "none"], lambda: False)
-    assert 0.3 < time.monotonic() - began < 30 and not (tmp_path / "none").exists()
+    assert ended.is_set() and time.monotonic() - began < 30 and not (tmp_path / "none").exists()
     with claim(tmp_path / "run"):
         wait_until_free([tmp_path / "run"], lambda: False, seconds=0.1)  # not for ever
 

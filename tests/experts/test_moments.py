@@ -91,3 +91,13 @@ def test_sources_without_moments_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"moments: keep: .*/b has none .* set moments: zero"):
         mixed(tmp_path / "moe", sources)
     assert not (tmp_path / "moe").exists()
+
+
+def test_a_source_that_trained_a_part_of_itself_is_named(tmp_path):
+    whole = tensors(make_warm_run(tmp_path / "a", MODEL))
+    values = {name: value for name, value in whole.items() if ":" not in name}
+    frozen = "blocks.0.token.query.weight"
+    moments = {name: value for name, value in whole.items() if ":" in name and not name.startswith(frozen)}
+    source = write_run(tmp_path / "b", MODEL, values, moments, 20)
+    with pytest.raises(ConfigError, match=rf"/b has none of '{frozen}' \(1 in all\), which was frozen"):
+        mixed(tmp_path / "moe", [tmp_path / "a" / "warm", source])

@@ -9,8 +9,9 @@ import torch
 from dense_runs import MODEL, make_run, model_of, tensor, write_run
 
 from lightbulb.config import ConfigError, build_config, read_yaml, save_config
-from lightbulb.data.config import MixtureConfig
+from lightbulb.data.config import DataConfig, MixtureConfig, PartConfig
 from lightbulb.data.corpus import Corpus
+from lightbulb.data.sequence import rows_of_part
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.config import CorpusConfig
 from lightbulb.data_prep.pipeline import preprocess
@@ -217,6 +218,21 @@ def test_shares_of_a_mixture_are_kept(domains, clustered):
     counts = [sum(letter in signs.strip() for letter in letters) for signs in SIGNS]
     assert len(contexts) == 20 and len(set(map(tuple, contexts))) == 20
     assert counts[1] == 0 and counts[0] / counts[2] == pytest.approx(3, rel=0.25)
+
+
+def test_a_random_part_has_text_of_its_own(clustered):
+    model, own = build_config(LanguageConfig, WIDE), []
+    corpus = Corpus(clustered, "train", WIDE["context_length"], WIDE["vocab_size"])
+    for number in range(2):
+        data = DataConfig(path=clustered, part=PartConfig(number=number, of=2))
+        contexts = contexts_of(SourceConfig(path=clustered), data, clustered / "tokenizer.json", model, 240)
+        rows = [corpus[int(row)] for row in rows_of_part(len(corpus), number, 2)]
+        mine = {tuple(row.tokens[:-1][row.document_ids[:-1] != 0].tolist()) for row in rows}
+        assert len(contexts) == 20 and mine.issuperset(map(tuple, contexts))
+        own.append(set(map(tuple, contexts)))
+    assert not own[0] & own[1]
+    everything = contexts_of(SourceConfig(path=clustered, text=clustered), data, clustered / "none", model, 1 << 20)
+    assert len(everything) == len(corpus)  # of a corpus that is named, all
 
 
 def test_sources_with_the_same_text_are_refused(tmp_path, domains):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from dense_runs import MODEL, make_run, model_of, tensor, tensors, write_run
 
-from lightbulb.config import ConfigError, build_config, load_config
+from lightbulb.config import ConfigError, build_config, load_config, read_yaml, save_config
+from lightbulb.data.config import DataConfig
 from lightbulb.experts import pieces
 from lightbulb.experts.pieces import dropped_units
 from lightbulb.experts.receipt import RECEIPT, ReceiptError, read_receipt
@@ -264,6 +265,27 @@ def test_what_was_written_is_in_order(dense, tmp_path):
     report = verify_run(mix(tmp_path / "out", [dense("a")], method="sparse", num_experts=2))
     assert not report.problems and report.checkpoints[0].files == 2
     assert report.ledger.samples == report.ledger.steps == 0
+
+
+def test_a_mixture_of_branches_trains_all_of_itself_on_all_that_they_read(dense, tmp_path):
+    """Each branch has trained a part of itself, of a name that a mixture lacks, on a cluster of its own."""
+    sources = [dense("a"), dense("b", seed=1)]
+    for number, source in enumerate(sources):
+        values = read_yaml(source / "config.yaml")
+        values["train"]["trainable"] = ["blocks.*.channel.up.weight"]
+        values["data"]["mixture"] = {"weights": {f"*/cluster-0{number}": 1}}
+        save_config(build_config(RunConfig, values), source / "config.yaml")
+    config = load_config(RunConfig, mix(tmp_path / "two", sources, **BTX) / "config.yaml")
+    assert config.train.trainable == "all" and config.data == DataConfig(path="data/none")
+    copies = load_config(RunConfig, mix(tmp_path / "one", sources[:1], method="sparse", num_experts=2) / "config.yaml")
+    assert copies.data.mixture is not None  # one source's is what the mixture goes on with
+
+
+def test_training_settings_that_do_not_fit_are_named(dense, tmp_path):
+    train = {"steps": 1, "global_batch_size": 3, "micro_batch_size": 2}
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size 3 is not a multiple"):
+        mix(tmp_path / "moe", [dense("a"), dense("b")], train=train, **BTX)
+    assert not (tmp_path / "moe").exists()
 
 
 def test_receipt_refuses_a_planted_corruption_and_leaves_nothing(dense, tmp_path, monkeypatch):

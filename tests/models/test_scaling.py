@@ -80,6 +80,13 @@ def test_hidden_matrices_and_no_others_follow_the_width() -> None:
     assert not {"embedding.weight", "head", "norm.weight", "blocks.0.token_norm.weight"} & marked
 
 
+def test_of_low_rank_updates_what_reads_the_width_follows_it() -> None:
+    """``a`` has as many inputs as the layer; ``b`` reads the rank, and begins at zero."""
+    model = model_of(scaling={"base_dim": 4}, modifiers=[{"type": "lora", "rank": 2, "match": "blocks.0.token.query"}])
+    rates = {name: getattr(p, LR_SCALE, 1.0) for name, p in model.named_parameters() if ".adapter." in name}
+    assert rates == {"blocks.0.token.query.adapter.a": 0.25, "blocks.0.token.query.adapter.b": 1.0}
+
+
 def test_decoding_gives_the_logits_of_the_forward_pass(tokens: torch.Tensor) -> None:
     model = model_of(scaling={"base_dim": 4, "scale_emb": 3.0, "scale_depth": 0.5})
     whole, state, parts = model(tokens), model.init_state(2, 16), []

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from training_runs import TRAIN, write_run_file
 
-from lightbulb.config import ConfigError, build_config
+from lightbulb.config import ConfigError, build_config, load_config
+from lightbulb.models.trainable import trained_names
+from lightbulb.train.config import RunConfig
 from lightbulb.train.exchange import Exchange, ExchangeError
-from lightbulb.train.outer import OuterConfig, SyncConfig, average, outer_step, trunk_names
+from lightbulb.train.outer import OuterConfig, SyncConfig, average, outer_step, shared_names, trunk_names
 
 
 def draws(seed: int, count: int = 3) -> list[Tensor]:
@@ -52,6 +55,25 @@ def test_trunk_is_what_no_pattern_names() -> None:
         trunk_names(names, ["*.chanel.*"])
     with pytest.raises(ConfigError, match="leave no trunk"):
         trunk_names(names, ["*"])
+
+
+@pytest.mark.parametrize(("trainable", "local"), [("routers", ["*.channel.*"]), (["head"], ["head", "blocks.*"])])
+def test_a_trunk_of_which_nothing_is_trained_is_refused(
+    tmp_path: Path, trainable: str | list[str], local: list
+) -> None:
+    outer = {"every": 2, "folder": str(tmp_path), "branch": 0, "branches": 2, "local": local}
+    path = write_run_file(tmp_path, tmp_path, outer=outer, train=TRAIN | {"trainable": trainable})
+    with pytest.raises(ConfigError, match="leaves a trunk of which train.trainable trains nothing"):
+        load_config(RunConfig, path)
+    load_config(RunConfig, path, ["train.trainable=all"])
+
+
+def test_branches_share_what_is_trained_of_their_trunk(tmp_path: Path) -> None:
+    model = load_config(RunConfig, write_run_file(tmp_path, tmp_path)).model
+    trained = trained_names(model, ["norm.*", "blocks.0.*"])
+    found = shared_names(model, trained, ["*.channel.*"])
+    assert "norm.weight" in found and "blocks.0.token.query.weight" in found
+    assert found < trained and not any(".channel." in name for name in found)
 
 
 def exchange(folder: Path, branch: int, layout: str = "TP1 on 1 ranks") -> Exchange:
