@@ -99,6 +99,11 @@ class HeldOutText:
         return len(self.held_out.rows)
 
     @property
+    def context_length(self) -> int:
+        """Tokens of a context."""
+        return self.held_out.corpus.context_length
+
+    @property
     def digest(self) -> str:
         """Changes with any held-out row of the corpus."""
         return self.held_out.corpus.digest
