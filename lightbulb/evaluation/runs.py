@@ -34,7 +34,7 @@ from lightbulb.evaluation.held_out import (
 from lightbulb.evaluation.kept_losses import KeptLosses
 from lightbulb.evaluation.results import FILE, find, record
 from lightbulb.evaluation.specialisation import ExpertUse, draw
-from lightbulb.folder import claim
+from lightbulb.folder import check_writable, claim
 from lightbulb.models.language import LanguageModel
 from lightbulb.parallel.host import Precision, pick_device
 from lightbulb.train.checkpoint import build_for_inference, open_run
@@ -177,6 +177,7 @@ def evaluate_run(
     known = find(subject.folder / FILE, subject.key | on)
     if known is not None and not again:
         return record(subject.folder / FILE, known)
+    check_writable(subject.folder)  # before it is read, which may take hours
     found = evaluate_model(subject.load(), text, progress)
     for kind in ("domain", "cluster"):
         draw(found.experts, kind, subject.folder / f"experts-by-{kind}.png")
@@ -220,27 +221,29 @@ def evaluate_ensemble(
     text, of_clusters = texts[0], list(clusters) if needs_clusters and clusters is not None else []
     on = {"corpus": text.digest, "contexts": len(text), "ensemble": config.model_dump(), "clusters": of_clusters}
     known = find(out / FILE, on | {"branches": [subject.key for subject in subjects]})
-    with claim(out):
-        if known is None or again:
-            centres = Centres.load(corpus, of_clusters, subjects[0].tokenizer) if config.weights == "tfidf" else None
-            prior = None
-            if config.prior == "cluster":
-                prior = training_shares(corpus, subjects[0].config.model, text.context_length, of_clusters)
-            ensemble = Ensemble(config, len(subjects), centres, prior)
-            kept = KeptLosses(out)
-            losses = _losses_of(subjects, texts, kept, again, progress)
-            found = score_ensemble(ensemble, text, losses, _after(progress, len(subjects), len(subjects) + 1))
-            known = {
-                "key": on | {"branches": [subject.key for subject in subjects]},
-                "data": str(corpus),
-                **asdict(found.scores),
-                "weights": found.weights,
-                "branches_in_use": found.branches_in_use,
-                "flops_per_token": ensemble.flops([subject.config.model.cost().forward_flops for subject in subjects]),
-                "members": [_member(s, text, part) for s, part in zip(subjects, losses, strict=True)],
-            }
-            kept.remove_others()
+    if known is not None and not again:
         return record(out / FILE, known)
+    centres = Centres.load(corpus, of_clusters, subjects[0].tokenizer) if config.weights == "tfidf" else None
+    prior = None
+    if config.prior == "cluster":
+        prior = training_shares(corpus, subjects[0].config.model, text.context_length, of_clusters)
+    ensemble = Ensemble(config, len(subjects), centres, prior)
+    with claim(out):
+        kept = KeptLosses(out)
+        losses = _losses_of(subjects, texts, kept, again, progress)
+        found = score_ensemble(ensemble, text, losses, _after(progress, len(subjects), len(subjects) + 1))
+        result = {
+            "key": on | {"branches": [subject.key for subject in subjects]},
+            "data": str(corpus),
+            **asdict(found.scores),
+            "weights": found.weights,
+            "branches_in_use": found.branches_in_use,
+            "flops_per_token": ensemble.flops([subject.config.model.cost().forward_flops for subject in subjects]),
+            "members": [_member(s, text, part) for s, part in zip(subjects, losses, strict=True)],
+        }
+        record(out / FILE, result)
+        kept.remove_others()
+    return result
 
 
 def _losses_of(
