@@ -154,6 +154,8 @@ class Documents:
                     text, path, answers = (column[n - number].as_py() for column in batch.columns)
                     found[n] = Document(path, text, self.domains[self.index[n]["domain"]], tuple(answers))
                 number += len(batch)
+                if number > max(wanted):  # the rest need not be unpacked
+                    break
         return [found[int(n)] for n in numbers]
 
     def _places(self, task: int, wanted: np.ndarray | None) -> Iterator[tuple[int, pa.RecordBatch, int]]:

@@ -3,17 +3,18 @@
 One task, or one worker, runs in this process, because starting others takes seconds. Everything else is a datatrove
 pipeline of a single step, run by its executors for local processes, Slurm and Ray. Which tasks are finished is read
 from the work folder alone, so a task is not done twice whichever executor began it, and how many workers there are
-changes no byte. A task that fails leaves its message in the work folder, where this side finds it.
+changes no byte. A task that fails leaves its message in the work folder, where this side finds it; of one that is
+killed, a local executor says which it was and by what.
 """
 
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,18 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import multiprocess
-import psutil
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 from multiprocess.connection import wait
 
+from lightbulb.data.tokenizer import TokenizerError
 from lightbulb.data_prep.config import ExecutorConfig
-from lightbulb.data_prep.step import Step, owner_of, perform
+from lightbulb.data_prep.counts import CorpusError
+from lightbulb.data_prep.step import Step, perform
+from lightbulb.folder import write_atomically
 
 POLL_SECONDS = 0.1
 SLURM_POLL_SECONDS = 10.0
+EXPLAINED = (CorpusError, TokenizerError, OSError)
+"""Failures whose message is all there is to say; of others it is told where they came from."""
 
 # Imported once by the server that workers are forked from, instead of by every worker of every step.
 multiprocess.set_forkserver_preload(["lightbulb.data_prep.pipeline"])
@@ -59,9 +64,13 @@ class Batch:
     ranks: Sequence[int]
     folders: Sequence[Path]
 
-    def failures(self) -> list[Path]:
-        """Files with the message of each task that failed."""
-        return [path for path in map(failure_file, self.folders) if path.exists()]
+    def names(self) -> set[str]:
+        """Of what lies beside the folders; one listing is all that thousands of unfinished tasks cost."""
+        return {name for parent in {folder.parent for folder in self.folders} for name in os.listdir(parent)}
+
+    def failures(self, names: set[str]) -> list[Path]:
+        """Files with the message of each task that failed, of what lies there."""
+        return [path for path in map(failure_file, self.folders) if path.name in names]
 
 
 class RunTasks(PipelineStep):
@@ -81,7 +90,10 @@ class RunTasks(PipelineStep):
         try:
             perform(self.batch.step, self.batch.ranks[rank], final, 1, lambda _: None)
         except Exception as error:
-            failure_file(final).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+            message = f"{type(error).__name__}: {error}"
+            if not isinstance(error, EXPLAINED):
+                message += "\n" + traceback.format_exc()
+            write_atomically(failure_file(final), message)
             raise
 
     def to_json(self) -> dict[str, Any]:
@@ -102,37 +114,52 @@ class LocalExecutor(LocalPipelineExecutor):
     is_ended = False
 
     def run(self) -> None:
-        """Do all tasks, at most ``workers`` at once.
+        """Do all tasks, at most ``workers`` at once, until one fails.
 
         Raises:
             ExecutorError: a process did not end with 0.
         """
         context = multiprocess.get_context("forkserver")
-        waiting, codes = deque(range(self.tasks)), set()
-        running: dict[Any, Any] = {}  # processes by what their end makes ready
+        waiting = deque(range(self.tasks))
+        running: dict[Any, tuple[int, Any]] = {}  # tasks and their processes, by what the processes' end makes ready
         try:
             while (waiting or running) and not self.is_ended:
                 while waiting and len(running) < self.workers:
-                    process = context.Process(target=self._run_task, args=(waiting.popleft(),), daemon=True)
+                    place = waiting.popleft()
+                    process = context.Process(target=self._run_task, args=(place,), daemon=True)
                     process.start()
-                    running[process.sentinel] = process
+                    running[process.sentinel] = place, process
                 for sentinel in wait(list(running), timeout=POLL_SECONDS):
-                    process = running.pop(sentinel)
+                    place, process = running.pop(sentinel)
                     process.join()
-                    codes.add(process.exitcode)
+                    if process.exitcode:
+                        raise ExecutorError(self._told(place, process.exitcode))
         finally:
-            for process in running.values():
+            for _, process in running.values():
                 process.kill()
                 process.join()
-        if failed := sorted(codes - {0}):
-            raise ExecutorError(f"processes ended with exit codes {failed}")
 
-    def _run_task(self, rank: int) -> None:
+    @property
+    def _batch(self) -> Batch:
+        return self.pipeline[0].batch
+
+    def _told(self, place: int, code: int) -> str:
+        """How a task's process ended, in words."""
+        task = f"task {self._batch.ranks[place] + 1} of {len(self._batch.step.parts())}"
+        again = "run the command again, it goes on from here"
+        if code == -signal.SIGKILL:
+            cause = "was killed (SIGKILL), most likely for lack of memory"
+            return f"{task} {cause}; lower executor.workers (now {self.workers}) and {again}"
+        if code < 0:
+            return f"{task} was ended by signal {signal.Signals(-code).name}; {again}"
+        return f"{task} ended with exit code {code}, its message is above; {again}"
+
+    def _run_task(self, place: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends its workers
         try:
-            self._run_for_rank(rank, rank)
+            self._run_for_rank(place, place)
         except Exception:
-            if not self.pipeline[0].batch.failures():  # what is written there needs no traceback here
+            if not failure_file(self._batch.folders[place]).exists():  # it could not be written: told here
                 raise
             sys.exit(1)
 
@@ -155,7 +182,7 @@ def execute(batch: Batch, config: ExecutorConfig, logs: Path, advance: Callable[
         ExecutorError: a task failed in another process.
         Exception: whatever a task in this process raised.
     """
-    for path in batch.failures():
+    for path in batch.failures(batch.names()):
         path.unlink()
     if config.type == "local" and (config.num_workers == 1 or len(batch.ranks) == 1):
         os.environ.setdefault("RAYON_NUM_THREADS", str(config.num_workers))
@@ -186,7 +213,7 @@ def _executor(batch: Batch, config: ExecutorConfig, logs: Path) -> PipelineExecu
 
 
 def _watch(batch: Batch, executor: PipelineExecutor, logs: Path, advance: Callable[[int, int], None]) -> None:
-    """Run the executor in a thread, and look after its tasks meanwhile: what is done, what failed, who died."""
+    """Run the executor in a thread, and look after its tasks meanwhile: what is done, and what failed."""
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -200,19 +227,16 @@ def _watch(batch: Batch, executor: PipelineExecutor, logs: Path, advance: Callab
     open_places = set(range(len(batch.ranks)))
     try:
         while open_places:
-            was_alive = thread.is_alive()
+            was_alive, names = thread.is_alive(), batch.names()
             for place in sorted(open_places):
-                if batch.folders[place].exists():
+                if batch.folders[place].name in names:
                     open_places.discard(place)
                     advance(place, -1)
-            if failures := batch.failures():
+            if failures := batch.failures(names):
                 raise ExecutorError(f"{batch.step.name}: {failures[0].read_text(encoding='utf-8')}")
-            if open_places and (dead := _dead_worker(batch)):
-                raise ExecutorError(
-                    f"{batch.step.name}: worker {dead} was killed, by lack of memory perhaps; "
-                    "lower executor.workers and run the command again, it goes on from here"
-                )
             if open_places and not was_alive and not _is_queued(executor):
+                if raised and isinstance(raised[0], ExecutorError):
+                    raise ExecutorError(f"{batch.step.name}: {raised[0]}")
                 cause = f": {raised[0]}" if raised else ""
                 raise ExecutorError(f"{batch.step.name}: {len(open_places)} tasks did not run{cause}; see {logs}")
             time.sleep(SLURM_POLL_SECONDS if isinstance(executor, SlurmPipelineExecutor) else POLL_SECONDS)
@@ -222,16 +246,6 @@ def _watch(batch: Batch, executor: PipelineExecutor, logs: Path, advance: Callab
             executor.is_ended = True
             thread.join()
         raise
-
-
-def _dead_worker(batch: Batch) -> int | None:
-    """A process of this machine that has begun a task and is gone."""
-    for parent in {final.parent for final in batch.folders}:
-        for path in parent.glob(".*.tmp"):
-            owner = owner_of(path)
-            if owner and owner[0] == socket.gethostname() and not psutil.pid_exists(owner[1]) and path.exists():
-                return owner[1]
-    return None
 
 
 def _is_queued(executor: PipelineExecutor) -> bool:

@@ -130,15 +130,6 @@ def perform(step: Step, rank: int, final: Path, threads: int, advance: Callable[
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def owner_of(temporary: Path) -> tuple[str, int] | None:
-    """Host and process that a task's temporary folder belongs to; None for any other folder."""
-    if not (temporary.name.startswith(".") and temporary.name.endswith(".tmp")):
-        return None
-    _, _, owner = temporary.name.removesuffix(".tmp").removeprefix(".").partition(".")
-    host, _, pid = owner.rpartition(".")
-    return (host, int(pid)) if pid.isdigit() else None
-
-
 def _sync(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():

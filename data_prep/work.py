@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from lightbulb.data_prep.config import ExecutorConfig
 from lightbulb.data_prep.executor import Batch, execute
-from lightbulb.data_prep.step import Output, Step, owner_of
+from lightbulb.data_prep.step import Output, Step
 from lightbulb.folder import LOCK_NAME, explained
 
 
@@ -25,8 +25,7 @@ class Work:
         self._used: set[Path] = set()
         with explained(folder):
             for path in folder.glob("*/.*.tmp"):
-                if owner_of(path):
-                    shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path, ignore_errors=True)
 
     def run(self, step: Step) -> Output:
         """Do what is not done yet of a step.

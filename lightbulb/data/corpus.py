@@ -97,6 +97,15 @@ def context_length_of(path: Path) -> int:
     return _read_manifest(path).context_length
 
 
+def tokenizer_of(path: Path) -> str:
+    """The digest of a corpus's tokenizer.
+
+    Raises:
+        DataError: no corpus in the folder, or a damaged manifest.
+    """
+    return _read_manifest(path).tokenizer.digest
+
+
 def holds_conversations(path: Path) -> bool:
     """Whether a corpus says which tokens count towards the loss; not if it cannot be read, which its user will find."""
     try:

@@ -31,7 +31,7 @@ from lightbulb.data.loader import IGNORED_LABEL, Batch
 from lightbulb.data.tokenizer import Tokenizer
 from lightbulb.data_prep.cluster import Clusters
 from lightbulb.data_prep.embed import Embedder, load_embedder
-from lightbulb.evaluation.held_out import HeldOutText, Scores, cluster_of, score, stored_losses
+from lightbulb.evaluation.held_out import HeldOutText, Progress, Scores, cluster_of, score, stored_losses
 from lightbulb.models.language import LanguageConfig
 from lightbulb.nn.documents import run_starts
 
@@ -219,18 +219,22 @@ class EnsembleScores:
     branches_in_use: float
 
 
-def score_ensemble(ensemble: Ensemble, text: HeldOutText, losses: Sequence[Tensor]) -> EnsembleScores:
+def score_ensemble(
+    ensemble: Ensemble, text: HeldOutText, losses: Sequence[Tensor], progress: Progress | None = None
+) -> EnsembleScores:
     """Score a text under an ensemble.
 
     Args:
         ensemble: the weights.
         text: that the branches have read.
         losses: of each branch, ``[contexts, length]``, as :func:`token_losses` of held_out.py gives them.
+        progress: called with the contexts scored.
     """
     # By group: weight of each branch, exponential of the weights' entropy, tokens.
     sums = torch.zeros(len(text.groups), ensemble.branches + 2, dtype=torch.float64)
 
     def mixed() -> Iterator[tuple[Batch, Tensor]]:
+        done = 0
         for batch, here in stored_losses(text, losses):
             log_weights = ensemble.log_weights(batch, here)
             weights = log_weights.exp()
@@ -239,6 +243,9 @@ def score_ensemble(ensemble: Ensemble, text: HeldOutText, losses: Sequence[Tenso
             facts = torch.cat([weights, entropy.exp(), torch.ones_like(entropy)]) * counted
             sums.index_add_(0, batch.groups, facts.sum(-1).t())
             yield batch, mixture(here, log_weights)
+            done += len(batch.tokens)
+            if progress is not None:
+                progress(done, len(text))
 
     scores = score(text, mixed())
     seen = {name: row for name, row in zip(text.groups, sums, strict=True) if row[-1]}

@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # both are read when the packages 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import torch
+from jinja2 import TemplateError
 from lm_eval import simple_evaluate, utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -282,7 +283,7 @@ def _run(model: LightBulbLM, names: list[str], manager: TaskManager, folder: Pat
             found = simple_evaluate(
                 model, tasks=names, task_manager=manager, log_samples=False, bootstrap_iters=BOOTSTRAP
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
         raise ConfigError(f"--tasks: {folder}: {', '.join(names)} cannot be run: {error}") from error
     return {
         name: {"metrics": _metrics(found["results"][name]), "samples": found["n-samples"][name]["effective"]}

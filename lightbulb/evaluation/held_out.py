@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightbulb.data.config import DataConfig, DataError
-from lightbulb.data.corpus import context_length_of
+from lightbulb.data.corpus import context_length_of, tokenizer_of
 from lightbulb.data.loader import IGNORED_LABEL, PADDING_SAMPLE, Batch, HeldOut
 from lightbulb.data.mixture import domain_of
 from lightbulb.data.tokenizer import Tokenizer
@@ -76,19 +76,19 @@ class HeldOutText:
         max_contexts: int | None = None,
     ):
         path = path.expanduser()
-        length = min(context_length_of(path), model.context_length)  # of a longer one the corpus says what to do
-        # Documents are always read: ensembles want them, and the model is given them with document_mask only.
-        data = DataConfig(path=path, document_mask=True)
-        self.held_out = HeldOut(data, length, model.vocab_size, batch_size, max_rows=max_contexts)
-        self.tokenizer = tokenizer
-        self.document_mask = document_mask
-        found = self.held_out.corpus.tokenizer_digest
+        found = tokenizer_of(path)
         if found != tokenizer.digest:
             raise DataError(
                 f"{path}: written with the tokenizer {found[:16]}, the model reads {tokenizer.digest[:16]} (sha256 of "
                 "tokenizer.json): its ids mean other text; run preprocess with tokenizer.path set to the run's "
                 "tokenizer.json"
             )
+        length = min(context_length_of(path), model.context_length)  # of a longer one the corpus says what to do
+        # Documents are always read: ensembles want them, and the model is given them with document_mask only.
+        data = DataConfig(path=path, document_mask=True)
+        self.held_out = HeldOut(data, length, model.vocab_size, batch_size, max_rows=max_contexts)
+        self.tokenizer = tokenizer
+        self.document_mask = document_mask
         self.token_bytes = torch.from_numpy(tokenizer.token_bytes())
 
     def __iter__(self) -> Iterator[Batch]:
@@ -97,6 +97,11 @@ class HeldOutText:
     def __len__(self) -> int:
         """Contexts."""
         return len(self.held_out.rows)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a context."""
+        return self.held_out.corpus.context_length
 
     @property
     def digest(self) -> str:

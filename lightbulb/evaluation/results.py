@@ -29,6 +29,15 @@ def find(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
     return next((result for result in _all(_read(path)) if result.get("key") == key), None)
 
 
+def newest(path: Path) -> dict[str, Any]:
+    """The result that was asked for last; empty where there is none.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    return next(iter(_all(_read(path))), {})
+
+
 def record(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Put a result on top of a file, and give it back; the one with its key goes, the others stay.
 

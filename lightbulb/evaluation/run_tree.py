@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.tree import Tree
 
+from lightbulb.evaluation.results import FILE, newest
 from lightbulb.folder import explained
 from lightbulb.train.manifest import complete_checkpoints, read_state
 from lightbulb.train.metrics import FILE_NAME, read_metrics
@@ -73,7 +74,7 @@ def run_tree(runs: Sequence[Path]) -> list[Node]:
     Raises:
         FileNotFoundError: one of the runs is no folder.
         CheckpointError: an ``origin.json`` or a checkpoint's state is damaged.
-        ValueError: metrics or summary of a run are damaged.
+        ValueError: metrics, summary or evaluation of a run are damaged.
     """
     known: dict[Path, Node] = {}
     for run in runs:
@@ -167,9 +168,7 @@ def _measured(run: Path) -> dict[str, Any]:
     elif checkpoints := complete_checkpoints(run):
         state = read_state(checkpoints[0])
         found = {"steps": state.step, "tokens": state.tokens}
-    if "bpb" not in found and (run / "evaluation.json").is_file():
-        found["bpb"] = orjson.loads((run / "evaluation.json").read_bytes()).get("bpb")
-    return found
+    return {"bpb": newest(run / FILE).get("bpb")} | found
 
 
 def _grow(tree: Tree, node: Node) -> None:

@@ -31,9 +31,10 @@ from lightbulb.evaluation.held_out import (
     stored_losses,
     token_losses,
 )
+from lightbulb.evaluation.kept_losses import KeptLosses
 from lightbulb.evaluation.results import FILE, find, record
 from lightbulb.evaluation.specialisation import ExpertUse, draw
-from lightbulb.folder import explained
+from lightbulb.folder import check_writable, claim
 from lightbulb.models.language import LanguageModel
 from lightbulb.parallel.host import Precision, pick_device
 from lightbulb.train.checkpoint import build_for_inference, open_run
@@ -176,6 +177,7 @@ def evaluate_run(
     known = find(subject.folder / FILE, subject.key | on)
     if known is not None and not again:
         return record(subject.folder / FILE, known)
+    check_writable(subject.folder)  # before it is read, which may take hours
     found = evaluate_model(subject.load(), text, progress)
     for kind in ("domain", "cluster"):
         draw(found.experts, kind, subject.folder / f"experts-by-{kind}.png")
@@ -194,19 +196,21 @@ def evaluate_ensemble(
 ) -> dict[str, Any]:
     """Evaluate runs on a corpus as one ensemble, or read what was found before; writes ``OUT/evaluation.json``.
 
+    What each branch makes of the text is kept in the folder: after an interruption no finished branch reads it again.
+
     Args:
         subjects: the branches, loaded one after another.
         corpus: folder of the corpus, with its clusters if they are needed.
         config: how the branches are weighted.
         out: folder to write to.
         clusters: which cluster each branch was trained on; None if they say it themselves.
-        again: compute what is known already.
-        progress: called while each branch reads, from 0 for each.
+        again: compute what is known already, and have every branch read again.
+        progress: called with the contexts read by all branches, and once more by the ensemble.
 
     Raises:
         ConfigError: a branch's cluster is needed and not known, or there are not as many clusters as branches.
         CheckpointError, DataError: a run or the corpus cannot be read, or they do not fit together.
-        FolderError: the folder cannot be written.
+        FolderError: the folder cannot be written, or another process evaluates there.
     """
     needs_clusters = config.weights == "tfidf" or config.prior == "cluster"
     if needs_clusters and clusters is None:
@@ -217,16 +221,18 @@ def evaluate_ensemble(
     text, of_clusters = texts[0], list(clusters) if needs_clusters and clusters is not None else []
     on = {"corpus": text.digest, "contexts": len(text), "ensemble": config.model_dump(), "clusters": of_clusters}
     known = find(out / FILE, on | {"branches": [subject.key for subject in subjects]})
-    if known is None or again:
-        centres = Centres.load(corpus, of_clusters, subjects[0].tokenizer) if config.weights == "tfidf" else None
-        prior = None
-        if config.prior == "cluster":
-            prior = training_shares(corpus, subjects[0].config.model, text.held_out.corpus.context_length, of_clusters)
-        ensemble = Ensemble(config, len(subjects), centres, prior)
-        # one model at a time: what is kept of each is a number per token
-        losses = [token_losses(s.load(), t, progress) for s, t in zip(subjects, texts, strict=True)]
-        found = score_ensemble(ensemble, text, losses)
-        known = {
+    if known is not None and not again:
+        return record(out / FILE, known)
+    centres = Centres.load(corpus, of_clusters, subjects[0].tokenizer) if config.weights == "tfidf" else None
+    prior = None
+    if config.prior == "cluster":
+        prior = training_shares(corpus, subjects[0].config.model, text.context_length, of_clusters)
+    ensemble = Ensemble(config, len(subjects), centres, prior)
+    with claim(out):
+        kept = KeptLosses(out)
+        losses = _losses_of(subjects, texts, kept, again, progress)
+        found = score_ensemble(ensemble, text, losses, _after(progress, len(subjects), len(subjects) + 1))
+        result = {
             "key": on | {"branches": [subject.key for subject in subjects]},
             "data": str(corpus),
             **asdict(found.scores),
@@ -235,9 +241,37 @@ def evaluate_ensemble(
             "flops_per_token": ensemble.flops([subject.config.model.cost().forward_flops for subject in subjects]),
             "members": [_member(s, text, part) for s, part in zip(subjects, losses, strict=True)],
         }
-    with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-    return record(out / FILE, known)
+        record(out / FILE, result)
+        kept.remove_others()
+    return result
+
+
+def _losses_of(
+    subjects: Sequence[Subject], texts: Sequence[HeldOutText], kept: KeptLosses, again: bool, progress: Progress | None
+) -> list[Tensor]:
+    """Token losses of each branch, those that are kept as they are; one model in memory at a time."""
+
+    def key(number: int) -> dict[str, Any]:
+        text = texts[number]
+        on = {"corpus": text.digest, "contexts": len(text), "document_mask": text.document_mask}
+        return subjects[number].key | on
+
+    places = range(len(subjects))
+    shapes = [(len(text), text.context_length) for text in texts]
+    found = {n: part for n in places if not again and (part := kept.find(key(n), shapes[n])) is not None}
+    if found and progress is not None:
+        progress(len(found) * len(texts[0]), (len(subjects) + 1) * len(texts[0]))
+    for number in places:
+        if number not in found:
+            model = subjects[number].load()  # which settles the key
+            found[number] = token_losses(model, texts[number], _after(progress, len(found), len(subjects) + 1))
+            kept.keep(key(number), found[number])
+    return [found[number] for number in places]
+
+
+def _after(progress: Progress | None, done: int, of: int) -> Progress | None:
+    """Progress of one reading of a text, after ``done`` others, of so many."""
+    return None if progress is None else lambda read, contexts: progress(done * contexts + read, of * contexts)
 
 
 def _member(subject: Subject, text: HeldOutText, losses: Tensor) -> dict[str, Any]:

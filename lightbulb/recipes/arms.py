@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 
+from lightbulb.evaluation.results import reading_bar
 from lightbulb.evaluation.runs import EvaluationConfig, Subject, evaluate_ensemble, evaluate_run
 from lightbulb.folder import explained, write_atomically
 from lightbulb.recipes.plan import Plan
@@ -34,10 +35,14 @@ def evaluate_arms(plan: Plan, out: Path) -> None:
     corpus, options = plan.recipe.corpus.output, EvaluationConfig()
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    found = {name: evaluate_run(Subject(run, options), corpus) for name, run in arm_runs(plan).items()}
+    found = {}
+    for name, run in arm_runs(plan).items():
+        with reading_bar(name) as progress:
+            found[name] = evaluate_run(Subject(run, options), corpus, progress=progress)
     if (config := plan.recipe.baselines.ensemble) is not None:
         branches = [Subject(run, options) for run in plan.branch_runs]
-        found[ENSEMBLE] = evaluate_ensemble(branches, corpus, config, out / ENSEMBLE)
+        with reading_bar(ENSEMBLE) as progress:
+            found[ENSEMBLE] = evaluate_ensemble(branches, corpus, config, out / ENSEMBLE, progress=progress)
     arms = {name: _of_interest(result) for name, result in found.items()}
     write_atomically(out / ARMS, orjson.dumps(arms, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))
 

@@ -15,6 +15,7 @@ import pytest
 from rich.progress import Progress
 
 from lightbulb.data_prep.config import ExecutorConfig
+from lightbulb.data_prep.counts import CorpusError
 from lightbulb.data_prep.executor import ExecutorError
 from lightbulb.data_prep.step import Output, Step, Task, perform
 from lightbulb.data_prep.work import Work
@@ -43,8 +44,10 @@ class Squares(Step):
         (task.out / "deep" / "square.txt").write_text(str(self.factor * number * number))
         if number == 2 and self.fault == "raise":
             raise ValueError("two is one too many")
-        if number == 2 and self.fault == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if number == 2 and self.fault == "refuse":
+            raise CorpusError("two is no number; take three")
+        if number == 2 and self.fault in ("die", "crash"):
+            os.kill(os.getpid(), {"die": signal.SIGKILL, "crash": signal.SIGSEGV}[self.fault])
         if number == 4 and self.fault:
             time.sleep(120)
         heavy = sorted({"torch", "streaming", "transformers"} & sys.modules.keys())
@@ -96,7 +99,15 @@ def test_tasks_in_other_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("raise", "squares: ValueError: two is one too many"), ("die", r"squares: worker \d+ was killed")],
+    [
+        ("raise", r"^squares: ValueError: two is one too many\nTraceback [\s\S]*in run_task"),
+        ("refuse", "^squares: CorpusError: two is no number; take three$"),
+        (
+            "die",
+            r"^squares: task 3 of 4 was killed \(SIGKILL\), .* lower executor.workers \(now 2\) .* goes on from here$",
+        ),
+        ("crash", "^squares: task 3 of 4 was ended by signal SIGSEGV; run the command again"),
+    ],
 )
 def test_failures_in_other_processes_are_told(tmp_path: Path, fault: str, message: str) -> None:
     begin, threads = time.monotonic(), threading.enumerate()

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lightbulb.evaluation.proof import compare_layout
-from lightbulb.evaluation.trial import Reference, Trial
-from lightbulb.models.scaling import ScalingConfig
+from lightbulb.evaluation.proof import BOUNDS, compare_layout
+from lightbulb.evaluation.trial import RankReport, Reference, Trial, train_layout, train_reference
+from lightbulb.parallel import optimizer
 from lightbulb.parallel.topology import ParallelConfig
 from lightbulb.parallel.workers import RankPool
 
@@ -33,12 +33,19 @@ def test_a_scaled_model_trains_the_same_on_two_ranks(
     assert result.ok, "\n".join(result.failures)
 
 
-def test_without_the_factors_of_the_learning_rate_it_would_be_noticed(
-    ranks: RankPool, referenced: Callable[..., tuple[Trial, Reference, Path]]
+def test_only_weights_show_that_the_factors_of_the_learning_rate_are_missing(
+    ranks: RankPool, referenced: Callable[..., tuple[Trial, Reference, Path]], tmp_path: Path
 ) -> None:
-    """The layout's model has a base of its own width, which changes what its hidden matrices learn at."""
-    trial, reference, folder = referenced(scaling=SCALING)
-    scaling = ScalingConfig.model_validate(SCALING | {"base_dim": trial.model.dim})
-    other = trial.model.model_copy(update={"scaling": scaling})
-    result = compare_layout(replace(trial, model=other, parallel=ParallelConfig(data=1)), reference, folder, ranks)
-    assert not result.ok
+    """One step: what goes before it, gradients and moments included, is the same without the factors."""
+    trial = replace(referenced(scaling=SCALING)[0], steps=1, parallel=ParallelConfig(data=1))
+    (reference,) = ranks.run(1, train_reference, trial, tmp_path)
+    right, wrong = (compare_layout(trial, reference, tmp_path, ranks, job) for job in (train_layout, train_at_one_rate))
+    assert right.ok, "\n".join(right.failures)
+    broken = {quantity for quantity, found in wrong.worst.items() if not found.value <= BOUNDS[quantity]}
+    assert broken == {"weight"} and "blocks." in wrong.worst["weight"].where, wrong.failures
+
+
+def train_at_one_rate(rank: int, trial: Trial, reference: Reference, folder: Path) -> RankReport:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "_learning_rates", lambda chunks: {})
+        return train_layout(rank, trial, reference, folder)

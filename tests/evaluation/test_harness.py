@@ -144,6 +144,37 @@ def test_no_task_is_said(trained: Path, tmp_path: Path) -> None:
     subject = Subject(trained, EvaluationConfig())
     with pytest.raises(ConfigError, match="no such file"):
         evaluate_tasks(subject, tmp_path / "none.yaml")
-    (tmp_path / "other.yaml").write_text("a: 1\n")
-    with pytest.raises(ConfigError, match="no task of lm-eval-harness"):
-        evaluate_tasks(subject, tmp_path)
+    for content in ("a: 1\n", "task: [other\n"):
+        (tmp_path / "other.yaml").write_text(content)
+        with pytest.raises(ConfigError, match="no task of lm-eval-harness"):
+            evaluate_tasks(subject, tmp_path)
+
+
+TASK = """task: t
+dataset_path: {path}
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{text}"
+doc_to_choice: "{{{{ends}}}}"
+doc_to_target: "{{{{answer}}}}"
+"""
+GOOD = {"path": "json", "file": "choice.jsonl", "text": "{{start}}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"file": "none.jsonl"}, ": t cannot be run: .*none.jsonl"),
+        ({"path": "someone/something"}, ": t cannot be run: Couldn't reach 'someone/something' on the Hub"),
+        ({"text": "{{start"}, ": t cannot be run: unexpected end of template"),
+        ({"text": "{{begin}}"}, ": t cannot be run: 'begin' is undefined"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_named(
+    trained: Path, tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    shutil.copy(TASKS / "choice.jsonl", tmp_path)
+    (tmp_path / "t.yaml").write_text(TASK.format(**GOOD | changes))
+    with pytest.raises(ConfigError, match=f"--tasks: {tmp_path}{message}"):
+        evaluate_tasks(Subject(trained, EvaluationConfig()), tmp_path / "t.yaml")

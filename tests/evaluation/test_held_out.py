@@ -78,8 +78,9 @@ def test_longer_contexts_and_other_tokenizers_are_refused(clustered: Path, text:
     with pytest.raises(DataError, match="written for context_length=32, the model has 16"):
         HeldOutText(clustered, shorter, text.tokenizer)
     other = Tokenizer.train(["a few other words " * 20], 270)
-    with pytest.raises(DataError, match=f"{text.tokenizer.digest[:16]}, the model reads {other.digest[:16]}"):
-        HeldOutText(clustered, build_config(LanguageConfig, MODEL), other)
+    for entries in (512, other.vocab_size):  # also where the corpus has more entries than the model
+        with pytest.raises(DataError, match=f"{text.tokenizer.digest[:16]}, the model reads {other.digest[:16]}"):
+            HeldOutText(clustered, build_config(LanguageConfig, MODEL | {"vocab_size": entries}), other)
 
 
 def test_known_results_are_kept_by_checkpoint_corpus_and_precision(

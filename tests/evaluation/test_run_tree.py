@@ -71,6 +71,11 @@ def test_what_is_no_run_or_damaged_is_named(tmp_path: Path, capsys) -> None:
     assert tree.main([str(tmp_path / "nothing")]) == 1
     assert "no such folder" in capsys.readouterr().err
     (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "evaluation.json").write_text("{")
+    assert tree.main([str(tmp_path / "bad")]) == 1
+    assert "bad/evaluation.json: cannot be read" in capsys.readouterr().err
+    (tmp_path / "bad" / "evaluation.json").write_text('{"format": 1, "bpb": 1.5}')
+    assert run_tree([tmp_path / "bad"])[0].bpb == 1.5
     (tmp_path / "bad" / "summary.json").write_text("[]")
     assert tree.main([str(tmp_path / "bad")]) == 1
     assert "summary.json: damaged" in capsys.readouterr().err
