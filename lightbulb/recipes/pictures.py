@@ -124,7 +124,7 @@ def _curves(plan: Plan) -> list[Curve]:
     found = [_curve(plan.seed, None, 0.0, COLOURS[SEED], NAMES[SEED])]
     for number, run in enumerate(plan.branch_runs):
         name = "branches, each on its cluster" if number == 0 else ""
-        found.append(_curve(plan.branch, run, seed_end, COLOURS[ENSEMBLE], name, plan.branch.runs))
+        found.append(_curve(plan.branch, run, seed_end, COLOURS[ENSEMBLE], name))
     found.append(_curve(plan.tune, None, mixed, COLOURS[MIXTURE], NAMES[MIXTURE]))
     found.append(_curve(plan.decay, None, mixed + plan.tune.flops, COLOURS[MIXTURE], ""))
     if plan.recipe.baselines.dense:
@@ -132,19 +132,18 @@ def _curves(plan: Plan) -> list[Curve]:
     return found
 
 
-def _curve(training: Training, run: Path | None, begin: float, colour: str, name: str, times: int = 1) -> Curve:
+def _curve(training: Training, run: Path | None, begin: float, colour: str, name: str) -> Curve:
     """A run's own steps; what its metrics have of the run it goes on from is left out."""
     records = list(read_metrics((run or Path(training.config.run)).expanduser()))
     train = [r for r in records if r["kind"] == "train" and r["step"] > training.first_step]
-    per_step = training.flops / training.runs / training.steps * times
-    at = [begin + (r["step"] - training.first_step) * per_step for r in train]
+    at = [begin + training.tokens_until(r["step"]) * training.flops_per_token for r in train]
     bits = [np.nan if r["bits_per_byte"] is None else r["bits_per_byte"] for r in train]
     held_out = [
-        (begin + (r["step"] - training.first_step) * per_step, r["held_out_bpb"])
+        (begin + training.flops, r["held_out_bpb"])
         for r in records
         if r["kind"] == "eval" and r["step"] == training.config.train.steps
     ]
-    return Curve(name, _binned(at), _binned(bits), held_out, colour, times > 1)
+    return Curve(name, _binned(at), _binned(bits), held_out, colour, run is not None)
 
 
 def _binned(values: Sequence[float]) -> np.ndarray:

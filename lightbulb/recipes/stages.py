@@ -23,6 +23,8 @@ from typing import Any
 import orjson
 
 from lightbulb.config import Config, ConfigError, flatten, save_config
+from lightbulb.data.corpus import Corpus
+from lightbulb.data.mixture import resolve
 from lightbulb.data_prep.manifest import config_hash, read_manifest
 from lightbulb.data_prep.pipeline import preprocess
 from lightbulb.experts.branch import Branches
@@ -106,6 +108,7 @@ def _training(plan: Plan, training: Training, needs: Sequence[str], after: Train
     config, folder = training.config, Path(training.config.run)
 
     def work() -> None:
+        _check_mixtures(plan)
         if after is not None and not folder.exists():
             point = stable_point(Path(after.config.run), after.config.train.steps)
             detail = {"steps": config.train.steps, "schedule": config.schedule.model_dump(mode="json")}
@@ -117,6 +120,19 @@ def _training(plan: Plan, training: Training, needs: Sequence[str], after: Train
 
     title = f"{folder}: {training.steps:,} steps, {training.tokens / 1e6:,.2f} M tokens"
     return Stage(training.name, title, run_settings(config), needs, (folder,), work, digest)
+
+
+def _check_mixtures(plan: Plan) -> None:
+    """Whether the corpus has what every training will draw: a decay's names are not first read after months.
+
+    Raises:
+        DataError: a name matches nothing.
+    """
+    model = plan.recipe.seed.model
+    groups = Corpus(plan.recipe.corpus.output.expanduser(), "train", model.context_length, model.vocab_size).groups
+    for training in plan.trainings:
+        for _, mixture in training.config.mixtures():
+            resolve(mixture, groups)
 
 
 def _branch(plan: Plan) -> Stage:

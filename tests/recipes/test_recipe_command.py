@@ -12,6 +12,7 @@ import yaml
 from training_runs import reached, wait_for
 
 from lightbulb.config import ConfigError
+from lightbulb.data.config import DataError
 from lightbulb.recipes.arms import DENSE, ENSEMBLE, MIXTURE, SEED
 from lightbulb.recipes.config import load_recipe
 from lightbulb.recipes.engine import run_stages
@@ -166,3 +167,7 @@ def test_a_corpus_that_others_use_too_is_taken_or_refused_but_never_replaced(rec
     with pytest.raises(ConfigError, match=r"corpus.output: .*shared holds a corpus of other settings"):
         run_stages(other.recipe.run, stages_of(other)[:1])
     assert (tmp_path / "shared/manifest.json").read_bytes() == manifest
+    late = Plan(load_recipe(recipe, [shared, f"run={tmp_path / 'second'}", "decay.mixture={weights: {wrods: 1}}"]))
+    with pytest.raises(DataError, match="'wrods'"):  # of the decay, before the seed is trained
+        run_stages(late.recipe.run, stages_of(late)[:2])
+    assert not (tmp_path / "second/seed").exists()
