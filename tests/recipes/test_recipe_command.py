@@ -1,8 +1,6 @@
 """`lightbulb recipe` for real, in small: killed at every place, started again, changed."""
 
-import os
 import random
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +68,19 @@ def done(run: Path) -> list[str]:
 @pytest.mark.slow
 def test_killed_anywhere_it_goes_on_to_the_same_end(recipe, tmp_path, start):
     run, whole = tmp_path / "run", tmp_path / "whole"
+    stable = Plan(load_recipe(recipe)).tune.steps
     places = {
         "while the seed trains": lambda: reached(run / "seed", 5),
         "between two stages": lambda: "seed" in done(run),
         "while branches train": lambda: reached(run / "branches/branch-0", 2),
         "before the mixture is tuned": lambda: "mix" in done(run),
-        "in the decay": lambda: reached(run / "decay", Plan(load_recipe(recipe)).tune.steps + 1),
+        "in the decay": lambda: reached(run / "decay", stable + 1),
         "before the report": lambda: "evaluate" in done(run),
     }
     for there in places.values():
         command = start("recipe", [str(recipe)])
         wait_for(lambda here=there, its=command: here() or its.processes[0].exitcode is not None, SECONDS)
-        os.kill(command.processes[0].pid, signal.SIGKILL)  # the system sends its runs SIGTERM: they save and stop
+        command.processes[0].kill()  # the system sends its runs SIGTERM: they save and stop
         command.processes[0].join()
     before = done(run)
     assert before == STAGES[:8]
