@@ -16,7 +16,7 @@ from lightbulb.recipes.config import load_recipe
 from lightbulb.recipes.engine import run_stages
 from lightbulb.recipes.plan import Plan, tokens_per_step
 from lightbulb.recipes.report import PICTURES
-from lightbulb.recipes.stages import stages_of
+from lightbulb.recipes.stages import run_recipe, stages_of
 
 STAGES = ["prepare", "seed", "branch", "mix", "tune", "decay", "dense", "evaluate", "report"]
 WORDS = [["alpha", "beta", "gamma", "delta", "epsilon", "zeta"], ["one", "two", "three", "four", "five", "six"]]
@@ -152,6 +152,32 @@ def test_the_plan_is_printed_and_nothing_is_done(recipe, tmp_path, start):
     for name in ("seed", "branch", "mix", "tune", "decay", "dense", "mixture's arm"):
         assert name in command.text()
     assert not (tmp_path / "run").exists()
+
+
+def test_machines_that_are_not_named_are_missed_before_anything_is_written(recipe, tmp_path):
+    plan = Plan(load_recipe(recipe, [f"branch.jobs.hostfiles=[{tmp_path / 'group-0'}]"]))
+    with pytest.raises(ConfigError, match=r"branch.jobs.hostfiles: .*group-0 is no file"):
+        run_recipe(plan)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_change_no_result_redo_nothing(recipe):
+    """By what a record of each stage holds."""
+
+    def recorded(*overrides: str) -> dict[str, dict[str, Any]]:
+        return {stage.name: dict(stage.settings) for stage in stages_of(Plan(load_recipe(recipe, overrides)))}
+
+    free = ["branch.train.save_every=1", "branch.parallel.recompute=full", "branch.sync.wait_seconds=9"]
+    free += ["tune.train.save_every=3", "decay.parallel.recompute=full", "jobs.restarts=2", "branch.jobs.at_once=2"]
+    assert recorded(*free) == recorded()
+    for override, stages in {
+        "branch.optimizer.lr=0.1": {"branch"},
+        "branch.sync.every=1": {"branch"},
+        "mix.moments=keep": {"mix"},
+        "tune.schedule.warmup=0.3": {"tune", "decay"},
+    }.items():
+        changed = recorded(override)
+        assert {name for name, settings in recorded().items() if changed[name] != settings} == stages
 
 
 def test_a_corpus_that_others_use_too_is_taken_or_refused_but_never_replaced(recipe, tmp_path):
