@@ -36,8 +36,9 @@ def test_files_of_the_documentation_are_there(page):
     assert not missing
 
 
-def test_the_readme_shows_every_command():
+def test_the_readme_shows_every_command_and_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f"(docs/{page.name})" not in text]
     assert set(COMMANDS) - set(re.findall(r"\blightbulb ([a-z-]+)", text)) == set()
 
 
