@@ -67,9 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("config", metavar="CONFIG", help="recipe (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings such as branch.share=0.1")
     parser.add_argument("--plan", action="store_true", help="print stages, tokens, FLOPs, sizes and hours; do nothing")
-    parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="with --plan: of the peak (0.4)")
-    parser.add_argument("--tflops", type=float, default=989.0, metavar="N", help="with --plan: a device's peak (989)")
+    parser.add_argument("--mfu", type=_positive, default=0.4, metavar="SHARE", help="with --plan: of the peak (0.4)")
+    parser.add_argument("--tflops", type=_positive, default=989.0, metavar="N", help="with --plan: of a device (989)")
     return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def console() -> Console:

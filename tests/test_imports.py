@@ -19,10 +19,10 @@ LEVELS = [
     ("routing",),
     ("mixers",),
     ("models",),
-    ("modifiers", "data", "objectives", "parallel"),
+    ("modifiers", "data", "parallel"),
     ("data_prep",),
     ("train", "inference"),
-    ("experts", "agents", "evaluation", "planning"),
+    ("experts", "evaluation", "planning"),
     ("recipes",),
     ("launcher",),
 ]
@@ -113,6 +113,15 @@ OWN = [item for item in ALL if item.target.partition(".")[0] == "lightbulb"]
 def test_every_file_is_seen() -> None:
     assert {"lightbulb.config", "lightbulb.data_prep.write", "lightbulb.launcher.cli", "lightbulb.kernels"} <= MODULES
     assert len(OWN) > 100
+
+
+def test_the_levels_are_those_of_the_documentation() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, re.MULTILINE)
+    documented = [tuple(name.rstrip("/") for name in re.findall(r"`([^`]+)`", cell)) for _, cell in rows]
+    assert [int(number) for number, _ in rows] == list(range(len(LEVELS)))
+    assert documented == LEVELS
+    assert {part_of(module) for module in MODULES} == set(LEVEL)
 
 
 def test_imports_go_downward() -> None:

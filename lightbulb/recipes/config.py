@@ -22,6 +22,7 @@ from lightbulb.evaluation.ensemble import EnsembleConfig
 from lightbulb.experts.jobs import JobsConfig
 from lightbulb.train.config import RunConfig
 from lightbulb.train.outer import SyncConfig
+from lightbulb.train.resume import Rule, rule_of
 
 CORPUS, SEED = "corpus", "seed"
 """Sections that may be the path of a file, or have a `base:`; paths are seen from the recipe's folder."""
@@ -38,7 +39,7 @@ class Settings(Config):
     schedule: dict[str, Any] = {}
     """Keys of `schedule` of a run file, in fractions of this training's steps."""
     train: dict[str, Any] = {}
-    """Keys of `train` of a run file; `steps` follows from the budget."""
+    """Keys of `train` of a run file; `steps` follows from the budget, and the batch is one for all of them."""
     parallel: dict[str, Any] = {}
     """Keys of `parallel` of a run file."""
 
@@ -46,11 +47,23 @@ class Settings(Config):
     def _steps_follow(self) -> "Settings":
         if "steps" in self.train:
             raise ValueError("train.steps follows from the budget; set the recipe's `budget` and `share`s")
+        if "batch_stages" in self.train:
+            raise ValueError("train.batch_stages: steps follow from one batch; set train.global_batch_size")
         return self
 
     def values(self) -> dict[str, Any]:
         """The settings as parts of a run file."""
         return {name: getattr(self, name) for name in ("optimizer", "schedule", "train", "parallel")}
+
+
+class TuneSection(Settings):
+    """All of the mixture, with a constant learning rate, on what the other shares leave."""
+
+    @model_validator(mode="after")
+    def _rate_is_constant(self) -> "TuneSection":
+        if self.schedule.get("decay"):
+            raise ValueError(f"schedule.decay {self.schedule['decay']}: the decay is a stage of its own; leave it out")
+        return self
 
 
 class BranchSection(Settings):
@@ -65,12 +78,23 @@ class BranchSection(Settings):
 
 
 class DecaySection(Settings):
-    """The end of the training: the learning rate falls, on better data if there is some."""
+    """The end of the training: the learning rate falls, on better data if there is some. It goes on with the run before
+    it, so of `train` only what a run may change on its way is taken; `global_batch_size` holds from its first step."""
 
     share: Share = Field(gt=0, lt=1)
     """Of the budget. The continued dense model spends the same share of its own on its decay."""
     mixture: Mixture | None = None
     """What is drawn meanwhile; None goes on as before."""
+
+    @model_validator(mode="after")
+    def _can_go_on(self) -> "DecaySection":
+        for name in ("warmup", "decay"):
+            if name in self.schedule:
+                raise ValueError(f"schedule.{name} follows from the share; leave it out")
+        for name in self.train:
+            if name != "global_batch_size" and rule_of(f"train.{name}") is Rule.FIXED:
+                raise ValueError(f"train.{name} stays what it was while the mixture was tuned; set it in `tune`")
+        return self
 
 
 class BaselinesSection(Config):
@@ -95,9 +119,9 @@ class RecipeConfig(Config):
     """Training FLOPs of every arm after the seed, in multiples of the seed's."""
     branch: BranchSection
     mix: dict[str, Any] = {}
-    """As for `lightbulb upcycle`, without `run`, `sources` and `seed_model`."""
-    tune: Settings = Settings()
-    """The mixture is trained with all weights and a constant learning rate on what the other shares leave."""
+    """As for `lightbulb upcycle`, without `run`, `sources`, `seed_model`, `data` and `train`. With `moments: keep`
+    tuning begins with the branches' moments."""
+    tune: TuneSection = TuneSection()
     decay: DecaySection
     baselines: BaselinesSection = BaselinesSection()
     jobs: JobsConfig = JobsConfig()
@@ -128,15 +152,33 @@ class RecipeConfig(Config):
                 f"seed.model.context_length {self.seed.model.context_length} is not the corpus's "
                 f"{self.corpus.context_length}; make them equal"
             )
+        tokenizer, model = self.corpus.tokenizer, self.seed.model
+        if tokenizer.path is None and tokenizer.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"corpus.tokenizer.vocab_size {tokenizer.vocab_size} exceeds seed.model.vocab_size {model.vocab_size}; "
+                "make them equal"
+            )
         if self.branch.share + self.decay.share >= 1:
             raise ValueError(
                 f"branch.share {self.branch.share} + decay.share {self.decay.share} leave nothing for tune; lower one"
             )
-        if self.seed.schedule.decay:
-            raise ValueError(f"seed.schedule.decay {self.seed.schedule.decay}: branches start before the decay; set 0")
+        return self
+
+    @model_validator(mode="after")
+    def _goes_on_from_the_seed(self) -> "RecipeConfig":
+        seed, steps = self.seed, self.seed.train.steps
+        if seed.schedule.decay:
+            raise ValueError(f"seed.schedule.decay {seed.schedule.decay}: branches start before the decay; set 0")
+        for name, stages in (("data.stages", seed.data.stages), ("train.batch_stages", seed.train.batch_stages)):
+            for number, stage in enumerate(stages):
+                if not (isinstance(stage.start, int) and stage.start < steps):
+                    raise ValueError(
+                        f"seed.{name}.{number}.start {stage.start!r}: what goes on from the seed is longer; say after "
+                        f"how many of the seed's {steps} steps"
+                    )
         for name in ("run", "data"):
             wanted = {"run": str(self.run / SEED), "data": str(self.corpus.output)}[name]
-            found = self.seed.run if name == "run" else str(self.seed.data.path)
+            found = seed.run if name == "run" else str(seed.data.path)
             if found != wanted:
                 raise ValueError(f"seed.{name} {found!r} follows from the recipe ({wanted!r}); leave it out")
         return self

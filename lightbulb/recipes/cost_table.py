@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from lightbulb.recipes.plan import MASTER_BYTES, Plan, Training
+from lightbulb.recipes.plan import ADAM_BYTES, MASTER_BYTES, Plan, Training
 
 HOUR = 3600.0
 
@@ -27,9 +27,9 @@ class Machine(NamedTuple):
 
 def cost_table(plan: Plan, machine: Machine) -> Table:
     """Stages with their tokens, FLOPs, parameters, sizes of their last checkpoints, and device hours."""
-    about = f"{plan.recipe.run}: at {machine.mfu:.0%} of {machine.peak / 1e12:g} TFLOP/s"
-    heads = ("runs × steps", "tokens", "FLOPs per token", "FLOPs", "parameters", "active", "checkpoints", "hours")
-    table = Table("stage", *heads, title=about)
+    about = f"{plan.recipe.run}: at {machine.mfu:.0%} of a device's {machine.peak / 1e12:g} TFLOP/s"
+    sizes = ("parameters", "active", "checkpoints")
+    table = Table("stage", "runs × steps", "tokens", "FLOPs per token", "FLOPs", *sizes, "device hours", title=about)
     for column in table.columns[1:]:
         column.justify = "right"
     for training in plan.trainings:
@@ -38,10 +38,10 @@ def cost_table(plan: Plan, machine: Machine) -> Table:
             table.add_row(*_mixture(plan))
     table.add_section()
     total = sum(training.flops for training in (plan.seed, plan.branch, plan.tune, plan.decay))
-    table.add_row("mixture's arm", "", "", "", f"{total:.4g}", "", "", "", f"{machine.hours(total):,.4g}")
+    table.add_row("mixture's arm", "", "", "", f"{total:.4g}", "", "", "", hours(machine, total))
     if plan.recipe.baselines.dense:
         total = plan.seed.flops + plan.dense.flops
-        table.add_row("dense arm", "", "", "", f"{total:.4g}", "", "", "", f"{machine.hours(total):,.4g}")
+        table.add_row("dense arm", "", "", "", f"{total:.4g}", "", "", "", hours(machine, total))
     return table
 
 
@@ -51,14 +51,20 @@ def _row(training: Training, machine: Machine) -> list[str]:
     return [
         training.name, f"{runs}{training.steps:,}", short(training.tokens), f"{training.flops_per_token:.3g}",
         f"{training.flops:.4g}", short(cost.params), short(cost.active_params), size(training.checkpoint_bytes),
-        f"{machine.hours(training.flops):,.4g}",
+        hours(machine, training.flops),
     ]  # fmt: skip
 
 
 def _mixture(plan: Plan) -> list[str]:
     cost = plan.tune.cost
-    bytes_ = size(cost.params * MASTER_BYTES)
+    bytes_ = size(cost.params * (ADAM_BYTES if plan.upcycle.moments == "keep" else MASTER_BYTES))
     return ["mix", "", "", "", "", short(cost.params), short(cost.active_params), bytes_, ""]
+
+
+def hours(machine: Machine, flops: float) -> str:
+    """Device hours: ``33,661``, ``0.05``."""
+    found = machine.hours(flops)
+    return f"{found:,.0f}" if found >= 1000 else f"{found:.4g}"
 
 
 def short(count: float) -> str:

@@ -8,9 +8,10 @@ earlier setting made is never overwritten: it is moved into ``FOLDER/replaced/``
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +109,16 @@ class _Chain:
         """Bring one stage to its end."""
         wanted = Record(settings=_plain_flat(stage.settings), inputs={n: self._output(n) for n in stage.needs})
         before, found = self._read(stage), stage.digest()
-        same = before is not None and (before.settings, before.inputs) == (wanted.settings, wanted.inputs)
+        why = "" if before is None else changes(before, wanted)
         head = f"{place} {stage.name:<{self._width}}"
-        if before is not None and same and before.output is not None and before.output == found:
+        if before is not None and not why and before.output is not None and before.output == found:
             self._console.print(f"{head}  done already ({duration(before.seconds)}, {before.finished})")
             self.records[stage.name] = before
             return
         if before is None:
             _refuse_unrecorded(stage)
-        elif not same or before.output is not None:
-            why = changes(before, wanted) if not same else "its output is not what was made"
-            self._replace(stage, f"{head}  anew: {why}")
+        elif why or before.output is not None:
+            self._replace(stage, f"{head}  anew: {why or 'its output is not what was made'}")
             before = None
         self._work(stage, before or wanted, head, found if before else None)
 
@@ -127,7 +127,7 @@ class _Chain:
         if found is None:
             self._write(stage, record)
             self._console.print(f"{head}  {stage.title}")
-            with self._timed(stage, record):
+            with self._timed(stage, record, head):
                 stage.work()
             found = stage.digest()
         if found is None:
@@ -138,14 +138,18 @@ class _Chain:
         self._console.print(f"{head}  done in {duration(record.seconds)}")
 
     @contextmanager
-    def _timed(self, stage: Stage, record: Record) -> Iterator[None]:
-        """Add the time of the block to the record, also when the block fails."""
+    def _timed(self, stage: Stage, record: Record, head: str) -> Iterator[None]:
+        """Add the time of the block to the record; where the block fails, say which stage it was."""
         begun = time.monotonic()
         try:
             yield
-        finally:
+        except BaseException:
             record.seconds += time.monotonic() - begun
-            self._write(stage, record)
+            self._console.print(f"{head}  stopped after {duration(record.seconds)}")
+            with suppress(FolderError):  # of a full disk what stopped the stage tells more
+                self._write(stage, record)
+            raise
+        record.seconds += time.monotonic() - begun
 
     def _replace(self, stage: Stage, sentence: str) -> None:
         """Move what an earlier setting made out of the way."""
@@ -153,9 +157,8 @@ class _Chain:
         if not there:
             self._console.print(sentence)
             return
-        parent = self.folder / REPLACED
-        number = 1 + max((int(p.name.rpartition("-")[2]) for p in parent.glob(f"{stage.name}-*")), default=0)
-        aside = parent / f"{stage.name}-{number}"
+        names = (self.folder / REPLACED / f"{stage.name}-{number}" for number in count(1))
+        aside = next(name for name in names if not name.exists())
         with explained(aside):
             aside.mkdir(parents=True)
             for path in there:
@@ -194,7 +197,7 @@ def read_record(path: Path) -> Record | None:
 
 
 def changes(before: Record, now: Record) -> str:
-    """What is different, in a line."""
+    """What is different, in a line; a setting that is new and not set is no difference."""
     found = [
         f"{key} was {_shown(before.settings.get(key))}, is {_shown(now.settings.get(key))}"
         for key in sorted(before.settings.keys() | now.settings.keys())

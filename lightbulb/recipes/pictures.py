@@ -18,7 +18,8 @@ from lightbulb.train.page import BLUE, GREEN, GREY, ORANGE, style
 COLOURS = {SEED: GREY, DENSE: ORANGE, ENSEMBLE: GREEN, MIXTURE: BLUE}
 NAMES = {SEED: "seed", DENSE: "continued dense", ENSEMBLE: "ensemble of branches", MIXTURE: "mixture of experts"}
 BINS = 160
-"""Points of a curve; each is the mean of its part of the steps."""
+"""Points from the first FLOP of the mixture's arm to its last: each is the mean of its steps, so that all curves are as
+smooth."""
 
 
 class Curve(NamedTuple):
@@ -121,35 +122,37 @@ def _curves(plan: Plan) -> list[Curve]:
     """All trainings, each beginning where its arm stood."""
     seed_end = plan.seed.flops
     mixed = seed_end + plan.branch.flops
-    found = [_curve(plan.seed, None, 0.0, COLOURS[SEED], NAMES[SEED])]
+    decay = mixed + plan.tune.flops
+    width = (decay + plan.decay.flops) / BINS
+    found = [_curve(plan.seed, None, 0.0, width, COLOURS[SEED], NAMES[SEED])]
     for number, run in enumerate(plan.branch_runs):
         name = "branches, each on its cluster" if number == 0 else ""
-        found.append(_curve(plan.branch, run, seed_end, COLOURS[ENSEMBLE], name, plan.branch.runs))
-    found.append(_curve(plan.tune, None, mixed, COLOURS[MIXTURE], NAMES[MIXTURE]))
-    found.append(_curve(plan.decay, None, mixed + plan.tune.flops, COLOURS[MIXTURE], ""))
+        found.append(_curve(plan.branch, run, seed_end, width, COLOURS[ENSEMBLE], name))
+    found.append(_curve(plan.tune, None, mixed, width, COLOURS[MIXTURE], NAMES[MIXTURE]))
+    found.append(_curve(plan.decay, None, decay, width, COLOURS[MIXTURE], ""))
     if plan.recipe.baselines.dense:
-        found.append(_curve(plan.dense, None, seed_end, COLOURS[DENSE], NAMES[DENSE]))
+        found.append(_curve(plan.dense, None, seed_end, width, COLOURS[DENSE], NAMES[DENSE]))
     return found
 
 
-def _curve(training: Training, run: Path | None, begin: float, colour: str, name: str, times: int = 1) -> Curve:
-    """A run's own steps; what its metrics have of the run it goes on from is left out."""
+def _curve(training: Training, run: Path | None, begin: float, width: float, colour: str, name: str) -> Curve:
+    """A run's own steps, so many FLOPs to a point; what its metrics have of the run it goes on from is left out."""
     records = list(read_metrics((run or Path(training.config.run)).expanduser()))
     train = [r for r in records if r["kind"] == "train" and r["step"] > training.first_step]
-    per_step = training.flops / training.runs / training.steps * times
-    at = [begin + (r["step"] - training.first_step) * per_step for r in train]
+    at = [begin + training.tokens_until(r["step"]) * training.flops_per_token for r in train]
     bits = [np.nan if r["bits_per_byte"] is None else r["bits_per_byte"] for r in train]
     held_out = [
-        (begin + (r["step"] - training.first_step) * per_step, r["held_out_bpb"])
+        (begin + training.flops, r["held_out_bpb"])
         for r in records
         if r["kind"] == "eval" and r["step"] == training.config.train.steps
     ]
-    return Curve(name, _binned(at), _binned(bits), held_out, colour, times > 1)
+    points = max(2, round(training.flops / width))
+    return Curve(name, _binned(at, points), _binned(bits, points), held_out, colour, run is not None)
 
 
-def _binned(values: Sequence[float]) -> np.ndarray:
-    """At most ``BINS`` means."""
-    parts = np.array_split(np.array(values, dtype=float), min(BINS, max(1, len(values))))
+def _binned(values: Sequence[float], points: int) -> np.ndarray:
+    """At most so many means."""
+    parts = np.array_split(np.array(values, dtype=float), min(points, max(1, len(values))))
     return np.array([np.nanmean(part) if len(part) else np.nan for part in parts])
 
 

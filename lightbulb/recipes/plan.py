@@ -47,7 +47,12 @@ class Training:
     @property
     def tokens(self) -> int:
         """Places that are predicted, of all runs."""
-        return self.runs * self.steps * tokens_per_step(self.config)
+        return self.tokens_until(self.config.train.steps)
+
+    def tokens_until(self, step: int) -> int:
+        """The same of their steps up to this one."""
+        sizes = self.config.batch_sizes()
+        return self.runs * (sizes.samples(step) - sizes.samples(self.first_step)) * self.config.model.context_length
 
     @cached_property
     def flops_per_token(self) -> float:
@@ -144,7 +149,8 @@ class Plan:
         left = self.budget - self.branch.flops - self.recipe.decay.share * self.budget
         steps = _whole(left / tokens_per_step(one) / flops_per_token(one), "budget", "tune")
         config = self._run("tune", model, self.recipe.tune, steps)
-        again = {"start_from": str(self.upcycle.run), "seed": config.seed + 1}  # not the seed's samples once more
+        start = {"start_from": str(self.upcycle.run), "start_from_moments": self.upcycle.moments == "keep"}
+        again = start | {"seed": config.seed + 1}  # not the seed's samples once more
         return Training("tune", config.model_copy(update=again))
 
     @cached_property
@@ -178,37 +184,44 @@ class Plan:
         return found + ([self.dense] if self.recipe.baselines.dense else [])
 
     def _run(self, name: str, model: Any, section: Settings, steps: int) -> RunConfig:
-        """A run file: the seed's settings, a section's over them."""
-        seed = self.recipe.seed.model_dump(mode="json", exclude={"start_from", "prompts"})
+        """A run file: the seed's settings as they are at its end, a section's over them."""
+        config = self.recipe.seed
+        seed = config.model_dump(mode="json", exclude={"start_from", "start_from_moments", "prompts"})
+        mixtures = [mixture.model_dump(mode="json") for _, mixture in config.mixtures()]
+        seed["data"] |= {"mixture": mixtures[-1] if mixtures else None, "stages": []}
+        seed["train"] |= {"global_batch_size": last_batch(config), "batch_stages": []}
         own = {"run": str(self.recipe.run / name), "schedule": {"decay": 0.0}, "train": {"steps": steps}}
         values = over(over(seed, section.values()), own) | {"model": model}
         return build_config(RunConfig, values, name)
 
     def _decayed(self, name: str, parent: Training, stable: int, decay_flops: float) -> Training:
         """A run that goes on from another one's last step: so many steps as before, then its decay."""
-        section, stable_run = self.recipe.decay, parent.config
-        before, per_step = stable_run.train.steps, tokens_per_step(stable_run) * parent.flops_per_token
-        steps = before + stable + _whole(decay_flops / per_step, "decay.share", name)
-        schedule = {
-            **stable_run.schedule.model_dump(),
-            **section.schedule,
-            "warmup": round(stable_run.schedule.warmup * before) / steps,
-            "decay": (steps - before - stable) / steps,
-        }
-        values = over(stable_run.model_dump(mode="json"), section.values())
-        values |= {"run": str(self.recipe.run / name), "start_from": None, "schedule": schedule}
-        values["train"] |= {"steps": steps}
+        section, run = self.recipe.decay, parent.config
+        before, start = run.train.steps, run.train.steps + stable
+        batch = section.train.get("global_batch_size", last_batch(run))
+        per_step = batch * run.model.context_length * parent.flops_per_token
+        steps = start + _whole(decay_flops / per_step, "decay.share", name)
+        values = over(run.model_dump(mode="json"), section.values())
+        values |= {"run": str(self.recipe.run / name), "start_from": None, "start_from_moments": False}
+        values["schedule"] |= {"warmup": round(run.schedule.warmup * before) / steps, "decay": (steps - start) / steps}
+        values["train"] |= {"steps": steps, "global_batch_size": run.train.global_batch_size}
+        if batch != last_batch(run):
+            values["train"]["batch_stages"].append({"start": start, "global_batch_size": batch})
         if section.mixture is not None:
-            stage = {"start": before + stable, "mixture": section.mixture.model_dump()}
-            values["data"]["stages"] = [*values["data"]["stages"], stage]
+            values["data"]["stages"].append({"start": start, "mixture": section.mixture.model_dump()})
         config = build_config(RunConfig, values, name)
-        assert decay_start(config.schedule, steps) == before + stable
+        assert decay_start(config.schedule, steps) == start
         return Training(name, config, first_step=before)
 
 
+def last_batch(config: RunConfig) -> int:
+    """Contexts of a run's last step."""
+    return config.batch_sizes().of_step(config.train.steps - 1)
+
+
 def tokens_per_step(config: RunConfig) -> int:
-    """Places that a step predicts."""
-    return config.train.global_batch_size * config.model.context_length
+    """Places that a run's last step predicts."""
+    return last_batch(config) * config.model.context_length
 
 
 def flops_per_token(config: RunConfig) -> float:

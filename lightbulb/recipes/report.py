@@ -108,6 +108,7 @@ def _costs(summary: Mapping[str, Any]) -> str:
 def _stages(plan: Plan, summary: Mapping[str, Any]) -> str:
     """Length, FLOPs and time of each stage."""
     seconds, tokens = summary["seconds_by_stage"], summary["tokens_by_stage"]
+    flops = {stage: value for stages in summary["flops_by_stage"].values() for stage, value in stages.items()}
     trainings = {training.name: training for training in plan.trainings}
     rows = []
     for name, spent in seconds.items():
@@ -115,8 +116,9 @@ def _stages(plan: Plan, summary: Mapping[str, Any]) -> str:
         length = f"{training.runs} × {training.steps:,}" if training and training.runs > 1 else ""
         if training and not length:
             length = f"{training.steps:,}"
-        rows.append([name, length, f"{tokens[name]:,}" if name in tokens else "", duration(spent)])
-    return section("Stages", _table(["stage", "steps", "tokens", "time"], rows))
+        account = [f"{tokens[name]:,}", f"{flops[name]:.4g}"] if name in tokens else ["", ""]
+        rows.append([name, length, *account, duration(spent)])
+    return section("Stages", _table(["stage", "steps", "tokens", "training FLOPs", "time (h:min:s)"], rows))
 
 
 def _table(head: Iterable[str], rows: Sequence[Sequence[str]]) -> str:

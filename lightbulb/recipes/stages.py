@@ -15,6 +15,7 @@
         stages/, replaced/       what was done with which settings; what changed settings have replaced
 """
 
+import sys
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -23,9 +24,12 @@ from typing import Any
 import orjson
 
 from lightbulb.config import Config, ConfigError, flatten, save_config
+from lightbulb.data.corpus import Corpus
+from lightbulb.data.mixture import resolve
 from lightbulb.data_prep.manifest import config_hash, read_manifest
 from lightbulb.data_prep.pipeline import preprocess
 from lightbulb.experts.branch import Branches
+from lightbulb.experts.branch_config import BranchConfig
 from lightbulb.experts.branch_scores import summarise
 from lightbulb.experts.jobs import run_jobs
 from lightbulb.experts.upcycle import upcycle
@@ -53,9 +57,11 @@ def run_recipe(plan: Plan) -> dict[str, Any]:
     Raises:
         FolderError, StageError: as of :func:`run_stages`.
         JobError: a training failed or was stopped; the same call goes on from there.
+        ConfigError: a hostfile is missing; nothing was begun.
         CheckpointError, ConfigError, CorpusError, DataError, ReceiptError, TokenizerError: as of the stages' work.
     """
     run = plan.recipe.run
+    _check_hostfiles(plan)
     run_stages(run, stages_of(plan), lambda: save_config(plan.recipe, run / "recipe.yaml"))
     return orjson.loads((run / OUTPUTS[0]).read_bytes())
 
@@ -106,6 +112,7 @@ def _training(plan: Plan, training: Training, needs: Sequence[str], after: Train
     config, folder = training.config, Path(training.config.run)
 
     def work() -> None:
+        _check_mixtures(plan)
         if after is not None and not folder.exists():
             point = stable_point(Path(after.config.run), after.config.train.steps)
             detail = {"steps": config.train.steps, "schedule": config.schedule.model_dump(mode="json")}
@@ -119,11 +126,34 @@ def _training(plan: Plan, training: Training, needs: Sequence[str], after: Train
     return Stage(training.name, title, run_settings(config), needs, (folder,), work, digest)
 
 
+def _check_hostfiles(plan: Plan) -> None:
+    """Whether the machines of every stage are named: those of the branches are not first looked for after the seed."""
+    for name, jobs in (("jobs", plan.recipe.jobs), ("branch.jobs", plan.recipe.branch.jobs)):
+        for path in jobs.hostfiles:
+            if not path.is_file():
+                raise ConfigError(f"{name}.hostfiles: {path} is no file; write a line for each machine: NAME slots=8")
+
+
+def _check_mixtures(plan: Plan) -> None:
+    """Whether the corpus has what every training will draw: a decay's names are not first read after months.
+
+    Raises:
+        DataError: a name matches nothing.
+    """
+    model = plan.recipe.seed.model
+    groups = Corpus(plan.recipe.corpus.output.expanduser(), "train", model.context_length, model.vocab_size).groups
+    for training in plan.trainings:
+        for _, mixture in training.config.mixtures():
+            resolve(mixture, groups)
+
+
 def _branch(plan: Plan) -> Stage:
     config, training = plan.branch_config, plan.branch
 
     def work() -> None:
         branches = Branches(config)
+        for sentence in branches.warnings():
+            print(f"warning: {sentence}", file=sys.stderr)
         branches.prepare()
         run_jobs([branch.file for branch in branches.branches], branches.jobs)
         summarise(branches)
@@ -133,8 +163,7 @@ def _branch(plan: Plan) -> Stage:
         return None if None in found else sha256("".join(map(str, found)).encode()).hexdigest()
 
     title = f"{training.runs} runs of {training.steps:,} steps, {training.tokens / 1e6:,.2f} M tokens together"
-    settings = _settings(config, FREE_OF_BRANCHES)
-    return Stage("branch", title, settings, ("prepare", "seed"), (config.run,), work, digest)
+    return Stage("branch", title, branch_settings(config), ("prepare", "seed"), (config.run,), work, digest)
 
 
 def _mix(plan: Plan) -> Stage:
@@ -169,6 +198,13 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
     free = ("run", "start_from", "data.path")
     flat = flatten(config.model_dump(mode="json"))
     return {key: value for key, value in flat.items() if rule_of(key) is not Rule.FREE and key not in free}
+
+
+def branch_settings(config: BranchConfig) -> dict[str, Any]:
+    """The same of branches: by those rules for their runs' settings, and for when they meet."""
+    flat = flatten(config.model_dump(mode="json", exclude=FREE_OF_BRANCHES))
+    runs = {key: "outer." + key.removeprefix("sync.") if key.startswith("sync.") else key for key in flat}
+    return {key: value for key, value in flat.items() if rule_of(runs[key]) is not Rule.FREE}
 
 
 def run_digest(run: Path, steps: int) -> str | None:

@@ -1,8 +1,6 @@
 """`lightbulb recipe` for real, in small: killed at every place, started again, changed."""
 
-import os
 import random
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,13 @@ import yaml
 from training_runs import reached, wait_for
 
 from lightbulb.config import ConfigError
+from lightbulb.data.config import DataError
 from lightbulb.recipes.arms import DENSE, ENSEMBLE, MIXTURE, SEED
 from lightbulb.recipes.config import load_recipe
 from lightbulb.recipes.engine import run_stages
 from lightbulb.recipes.plan import Plan, tokens_per_step
 from lightbulb.recipes.report import PICTURES
-from lightbulb.recipes.stages import stages_of
+from lightbulb.recipes.stages import run_recipe, stages_of
 
 STAGES = ["prepare", "seed", "branch", "mix", "tune", "decay", "dense", "evaluate", "report"]
 WORDS = [["alpha", "beta", "gamma", "delta", "epsilon", "zeta"], ["one", "two", "three", "four", "five", "six"]]
@@ -69,18 +68,19 @@ def done(run: Path) -> list[str]:
 @pytest.mark.slow
 def test_killed_anywhere_it_goes_on_to_the_same_end(recipe, tmp_path, start):
     run, whole = tmp_path / "run", tmp_path / "whole"
+    stable = Plan(load_recipe(recipe)).tune.steps
     places = {
         "while the seed trains": lambda: reached(run / "seed", 5),
         "between two stages": lambda: "seed" in done(run),
         "while branches train": lambda: reached(run / "branches/branch-0", 2),
         "before the mixture is tuned": lambda: "mix" in done(run),
-        "in the decay": lambda: reached(run / "decay", Plan(load_recipe(recipe)).tune.steps + 1),
+        "in the decay": lambda: reached(run / "decay", stable + 1),
         "before the report": lambda: "evaluate" in done(run),
     }
     for there in places.values():
         command = start("recipe", [str(recipe)])
         wait_for(lambda here=there, its=command: here() or its.processes[0].exitcode is not None, SECONDS)
-        os.kill(command.processes[0].pid, signal.SIGKILL)  # the system sends its runs SIGTERM: they save and stop
+        command.processes[0].kill()  # the system sends its runs SIGTERM: they save and stop
         command.processes[0].join()
     before = done(run)
     assert before == STAGES[:8]
@@ -154,6 +154,32 @@ def test_the_plan_is_printed_and_nothing_is_done(recipe, tmp_path, start):
     assert not (tmp_path / "run").exists()
 
 
+def test_machines_that_are_not_named_are_missed_before_anything_is_written(recipe, tmp_path):
+    plan = Plan(load_recipe(recipe, [f"branch.jobs.hostfiles=[{tmp_path / 'group-0'}]"]))
+    with pytest.raises(ConfigError, match=r"branch.jobs.hostfiles: .*group-0 is no file"):
+        run_recipe(plan)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_change_no_result_redo_nothing(recipe):
+    """By what a record of each stage holds."""
+
+    def recorded(*overrides: str) -> dict[str, dict[str, Any]]:
+        return {stage.name: dict(stage.settings) for stage in stages_of(Plan(load_recipe(recipe, overrides)))}
+
+    free = ["branch.train.save_every=1", "branch.parallel.recompute=full", "branch.sync.wait_seconds=9"]
+    free += ["tune.train.save_every=3", "decay.parallel.recompute=full", "jobs.restarts=2", "branch.jobs.at_once=2"]
+    assert recorded(*free) == recorded()
+    for override, stages in {
+        "branch.optimizer.lr=0.1": {"branch"},
+        "branch.sync.every=1": {"branch"},
+        "mix.moments=keep": {"mix"},
+        "tune.schedule.warmup=0.3": {"tune", "decay"},
+    }.items():
+        changed = recorded(override)
+        assert {name for name, settings in recorded().items() if changed[name] != settings} == stages
+
+
 def test_a_corpus_that_others_use_too_is_taken_or_refused_but_never_replaced(recipe, tmp_path):
     shared = f"corpus.output={tmp_path / 'shared'}"
     first, second, other = (
@@ -166,3 +192,7 @@ def test_a_corpus_that_others_use_too_is_taken_or_refused_but_never_replaced(rec
     with pytest.raises(ConfigError, match=r"corpus.output: .*shared holds a corpus of other settings"):
         run_stages(other.recipe.run, stages_of(other)[:1])
     assert (tmp_path / "shared/manifest.json").read_bytes() == manifest
+    late = Plan(load_recipe(recipe, [shared, f"run={tmp_path / 'second'}", "decay.mixture={weights: {wrods: 1}}"]))
+    with pytest.raises(DataError, match="'wrods'"):  # of the decay, before the seed is trained
+        run_stages(late.recipe.run, stages_of(late)[:2])
+    assert not (tmp_path / "second/seed").exists()

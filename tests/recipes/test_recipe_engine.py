@@ -1,5 +1,6 @@
 """The chain of stages: done once, gone on with, redone where something changed, nothing overwritten."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -143,6 +144,38 @@ def test_a_damaged_record_is_named(kitchen, content):
     (kitchen.folder / "stages/b.json").write_bytes(content)
     with pytest.raises(StageError, match=r"stages/b\.json: .*remove it"):
         kitchen.cook()
+
+
+def test_a_failure_names_its_stage_and_its_cause_whatever_can_still_be_written(kitchen, capsys):
+    kitchen.cook()
+    kitchen.settings["b"], kitchen.fails = {"y": 3}, "b"
+    records, stage = kitchen.folder / "stages", kitchen.stages()[1]
+
+    def work() -> None:
+        records.rename(kitchen.folder / "gone")  # as on a disk that takes no more
+        stage.work()
+
+    with pytest.raises(RuntimeError, match="the power went"):
+        run_stages(kitchen.folder, [kitchen.stages()[0], replace(stage, work=work)])
+    assert "[2/2] b  stopped after 0:00" in capsys.readouterr().out
+
+
+def test_a_setting_that_a_newer_version_has_and_nobody_sets_redoes_nothing(kitchen):
+    kitchen.cook()
+    kitchen.settings["b"] = {"y": {"z": 2, "new": None}}
+    assert kitchen.cook() == []
+    kitchen.settings["b"] = {"y": {"z": 2, "new": 0}}
+    assert kitchen.cook() == ["b", "c"]
+
+
+def test_what_was_replaced_may_be_renamed_and_removed(kitchen):
+    for number, renamed in ((3, "b-kept"), (4, "b-old-1")):
+        kitchen.cook()
+        kitchen.settings["b"] = {"y": {"z": number}}
+        kitchen.cook()
+        (kitchen.folder / "replaced/b-1").rename(kitchen.folder / "replaced" / renamed)
+    assert (kitchen.folder / "replaced/b-kept/b/out.txt").read_text().startswith("b {'y': {'z': 2}}")
+    assert (kitchen.folder / "replaced/b-old-1/b/out.txt").read_text().startswith("b {'y': {'z': 3}}")
 
 
 def test_many_changes_are_cut(kitchen):

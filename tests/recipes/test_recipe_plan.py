@@ -68,6 +68,53 @@ def test_better_data_in_the_decay_is_for_both_arms():
     assert not made.tune.config.data.stages
 
 
+def test_another_batch_in_the_decay_begins_with_it_in_both_arms():
+    made, same = plan("decay.train.global_batch_size=16"), plan()
+    for training, before in ((made.decay, same.decay), (made.dense, same.dense)):
+        steps, sizes = training.config.train.steps, training.config.batch_sizes()
+        start = decay_start(training.config.schedule, steps)
+        assert [sizes.of_step(step) for step in (0, start - 1, start, steps - 1)] == [8, 8, 16, 16]
+        assert training.flops == pytest.approx(before.flops, rel=0.01)
+        assert training.steps < before.steps
+
+
+def test_stages_of_the_seed_are_its_own():
+    """What goes on from it takes the batch and the mixture of its end, and its tokens are counted as they are."""
+    rare = {"weights": {"pydoc": 1.0}}
+    made = plan(
+        "seed.train.batch_stages=[{start: 100, global_batch_size: 16}]",
+        "seed.data.stages=[{start: 100, mixture: {weights: {pydoc: 1}}}]",
+    )
+    assert made.seed.tokens == 256 * (100 * 8 + 1200 * 16)
+    assert made.seed.tokens_until(101) == 256 * (100 * 8 + 16)
+    for training in (made.branch, made.tune, made.decay):
+        assert (training.config.train.global_batch_size, training.config.train.batch_stages) == (16, ())
+        assert training.tokens == training.runs * training.steps * 16 * 256
+        assert [mixture.model_dump()["weights"] for _, mixture in training.config.mixtures()] == [rare["weights"]]
+    assert made.dense.config.train.batch_stages == made.seed.config.train.batch_stages
+    assert made.dense.config.data.stages == made.seed.config.data.stages
+    assert made.dense.tokens == made.dense.steps * 16 * 256
+
+
+@pytest.mark.parametrize("moments", ["keep", "zero"])
+def test_moments_of_the_mixture_are_taken_where_it_keeps_them(moments):
+    made = plan(f"mix.moments={moments}")
+    assert made.tune.config.start_from == str(made.upcycle.run)
+    assert made.tune.config.start_from_moments == (moments == "keep")
+    assert not made.decay.config.start_from_moments  # a fork: it has them anyway
+    ratio = 3 if moments == "keep" else 1
+    cells = [list(column.cells) for column in cost_table(made, Machine(0.4, 989e12)).columns]
+    assert cells[7][cells[0].index("mix")] == size(ratio * 4 * made.tune.cost.params)
+
+
+def test_a_seed_that_goes_on_from_another_run():
+    made = plan("seed.start_from=runs/other", "seed.start_from_moments=true")
+    made.check()
+    assert made.seed.config.start_from_moments
+    for training in (made.branch, made.tune, made.decay, made.dense):
+        assert not training.config.start_from_moments
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -85,6 +132,20 @@ def test_better_data_in_the_decay_is_for_both_arms():
         ("budget=0.0001", "branch.share: leaves 0.00 steps for branches"),
         ("tune.optimizer.lrr=1", "tune: optimizer: unknown key 'lrr'"),
         ("branch.jobs.at_onc=1", "branch.jobs: unknown key 'at_onc'"),
+        ("corpus.tokenizer.vocab_size=9000", "corpus.tokenizer.vocab_size 9000 exceeds seed.model.vocab_size 4096"),
+        ("tune.schedule.decay=0.2", "tune: schedule.decay 0.2: the decay is a stage of its own"),
+        ("decay.schedule.decay=0.2", "decay: schedule.decay follows from the share"),
+        ("decay.train.trainable=routers", "decay: train.trainable stays what it was while the mixture was tuned"),
+        ("branch.train.batch_stages=[]", "branch: train.batch_stages: steps follow from one batch"),
+        ("decay.train.global_batch_size=12", "decay: .*train.global_batch_size 12 is not a multiple"),
+        (
+            "seed.train.batch_stages=[{start: 0.1, global_batch_size: 16}]",
+            "batch_stages.0.start 0.1: what goes on",
+        ),
+        (
+            "seed.data.stages=[{start: decay, mixture: {}}]",
+            "data.stages.0.start 'decay': what goes on from the",
+        ),
     ],
 )
 def test_what_cannot_be_is_named(override, message):
