@@ -53,6 +53,7 @@ bench: $(READY)
 	@$(BIN)/python benchmarks/checkpoint.py --json docs/results/checkpoint.json
 	@$(BIN)/python benchmarks/data_prep.py --output docs/results/data_prep.json
 	@$(BIN)/python benchmarks/upcycling.py --quick
+	@$(BIN)/python benchmarks/width_scaling.py --output docs/results
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[bench]"
 	@$(BIN)/python benchmarks/mixers.py --json docs/results/mixers.json --plot docs/results/mixers-growth.png
 
