@@ -22,6 +22,8 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 
+GPT2: dict[str, Any] = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", BASE | {"rms_norm_eps": 1e-5, "rope_theta": 5e5}),
     "llama-tied": ("Llama", BASE | {"head_dim": 16, "tie_word_embeddings": True}),
@@ -30,9 +32,9 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("Llama", BASE | {"attention_bias": True, "mlp_bias": True}),
     "qwen3": ("Qwen3", BASE | {"head_dim": 16}),
     "qwen3-biases": ("Qwen3", BASE | {"attention_bias": True}),
-    "gpt2": ("GPT2", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "gpt2-untied": ("GPT2", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48,
-                             "activation_function": "gelu", "tie_word_embeddings": False, "layer_norm_epsilon": 1e-4}),
+    "gpt2": ("GPT2", GPT2),
+    "gpt2-untied": ("GPT2", GPT2 | {"n_inner": 48, "activation_function": "gelu", "tie_word_embeddings": False,
+                                    "layer_norm_epsilon": 1e-4}),
     "mixtral": ("Mixtral", BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "olmoe": ("Olmoe", BASE | EXPERTS),
     "olmoe-normed": ("Olmoe", BASE | EXPERTS | {"norm_topk_prob": True}),

@@ -85,9 +85,7 @@ class LightBulbForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         documents = None
         if attention_mask is not None and not bool(attention_mask.all()):
             if self.model.config.learned_positions and not bool(attention_mask[:, 0].all()):
-                raise ValueError(
-                    "learned positions count from the first token: set the tokenizer's padding_side: right"
-                )
+                raise ValueError("learned positions begin at the first token; set the tokenizer's padding_side: right")
             documents = attention_mask.long().diff(dim=1, prepend=attention_mask[:, :1]).abs().cumsum(1)
         logits = self.model(input_ids, document_ids=documents).contiguous()
         loss = None

@@ -1,6 +1,7 @@
 """Feed-forward layer: SwiGLU (Shazeer 2020, arXiv:2002.05202), or ungated with GELU (Hendrycks and Gimpel 2016,
 arXiv:1606.08415) or squared ReLU (So et al. 2021, arXiv:2109.08668)."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -18,7 +19,9 @@ from lightbulb.nn.noise import RowDropout
 from lightbulb.nn.parameter import Init
 from lightbulb.registry import register
 
-UNGATED = {"gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh"), "squared_relu": squared_relu}
+UNGATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh"), "squared_relu": squared_relu
+}  # fmt: skip
 """What is between the two matrices of a layer without a gate."""
 
 
