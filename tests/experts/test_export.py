@@ -88,6 +88,7 @@ OWN: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "two-gpt2": ("layers with learned positions that differ",
                  [block(GPT2_ATTENTION, GPT2_MLP), block(GPT2_ATTENTION, GPT2_MLP | {"hidden_dim": 20})], LEARNED),
     "layer-norm": ("norm 'layer' with learned_positions false", [block(ATTENTION, MLP)], {"norm": "layer"}),
+    "layer-norm-mamba": ("norm 'layer' with learned_positions false", [block(MAMBA)], {"norm": "layer"}),
     "positions": ("norm 'rms' with learned_positions true", [block(ATTENTION, MLP)], {"learned_positions": True}),
     "some-biases": ("of which some have biases", [block(BIASES, MLP), block(BIASES, MLP | {"bias": True})], {}),
     "normed-mlp-biases": ("no stock architecture has all of mlp_bias, qk_norm", [block(NORMED, MLP | {"bias": True})],

@@ -231,11 +231,6 @@ def traits(ours: LanguageConfig) -> frozenset[str]:
     Raises:
         InteropError: something that none of these families has; the message says what.
     """
-    if ours.norm != "rms" or ours.learned_positions:
-        raise InteropError(
-            f"norm {ours.norm!r} with learned_positions {str(ours.learned_positions).lower()} is in no stock "
-            "architecture; GPT-2 has 'layer' with true, all others 'rms' with false"
-        )
     blocks = [ours.layer(i) for i in range(ours.num_layers)]
     found = _attention_traits(ours, [block.token for block in blocks])
     channels = [block.channel for block in blocks]

@@ -38,12 +38,17 @@ def family_of(ours: LanguageConfig) -> Family:
         raise InteropError("width and depth scaling is in no stock architecture")
     if ours.gist_token_id is not None:
         raise InteropError("gist tokens are in no stock architecture")
-    if isinstance(ours.layer(0).token, MambaConfig):
-        check_mamba(ours)
-        return MAMBA2
     if ours.norm == "layer" and ours.learned_positions:
         check_gpt2(ours)
         return GPT2
+    if ours.norm != "rms" or ours.learned_positions:
+        raise InteropError(
+            f"norm {ours.norm!r} with learned_positions {str(ours.learned_positions).lower()} is in no stock "
+            "architecture; GPT-2 has 'layer' with true, all others 'rms' with false"
+        )
+    if isinstance(ours.layer(0).token, MambaConfig):
+        check_mamba(ours)
+        return MAMBA2
     found = traits(ours)
     for family in DECODERS:
         if family.fits(found):
