@@ -170,8 +170,8 @@ def train_reference(rank: int, trial: Trial, folder: Path) -> Reference:
         model.double()
     parameters = dict(model.named_parameters())
     trained = {name: parameter.detach().float() for name, parameter in parameters.items() if parameter.requires_grad}
-    rates = [(tensor, getattr(parameters[name], LR_SCALE, 1.0)) for name, tensor in trained.items()]
-    optimizer = _plain_adamw(trial.optimizer, rates, trial.precision == "fp64")
+    masters = [(tensor, parameters[name]) for name, tensor in trained.items()]
+    optimizer = _plain_adamw(trial.optimizer, masters, trial.precision == "fp64")
     results: list[StepResult] = []
     largest: dict[str, float] = {}
     clip_grad = trial.optimizer.clip_grad
@@ -228,15 +228,24 @@ def train_layout(rank: int, trial: Trial, reference: Reference, folder: Path) ->
     return report
 
 
-def _plain_adamw(config: OptimizerConfig, rates: list[tuple[Tensor, float]], fused: bool) -> torch.optim.AdamW:
-    """Of parameters with factors of their learning rates. Fused it rounds as the engine's does, step by step and
-    operator by operator otherwise."""
+def _plain_adamw(config: OptimizerConfig, masters: list[tuple[Tensor, nn.Parameter]], fused: bool) -> torch.optim.AdamW:
+    """Of master weights and the parameters they are of. Fused it rounds as the engine's does, step by step and operator
+    by operator otherwise."""
     groups: list[dict[str, Any]] = [
-        {"params": [p], "lr": config.lr * rate, "weight_decay": config.weight_decay if p.dim() > 1 else 0.0}
-        for p, rate in rates
+        {
+            "params": [master],
+            "lr": config.lr * getattr(parameter, LR_SCALE, 1.0),
+            "weight_decay": 0.0 if _is_vector(parameter) else config.weight_decay,
+        }
+        for master, parameter in masters
     ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, config.lr, betas, config.eps, config.weight_decay, foreach=False, fused=fused)
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has one dimension, of an expert if it has experts."""
+    return parameter.dim() - logical_of(parameter).is_expert < 2
 
 
 def _plain_gradients(model: LanguageModel, batch: SyntheticBatch, seed: int) -> tuple[StepResult, dict[str, Tensor]]:

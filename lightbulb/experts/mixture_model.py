@@ -82,9 +82,10 @@ def _mixed(channel: ChannelMixerConfig | None, upcycle: UpcycleConfig) -> Switch
     if channel.hidden_dim % upcycle.shards:
         raise ConfigError(f"shards {upcycle.shards} do not divide hidden_dim {channel.hidden_dim}; choose a divisor")
     hidden = channel.hidden_dim // upcycle.shards
-    if channel.activation != "swiglu":
+    if channel.activation != "swiglu" or channel.bias:
         if upcycle.shared_expert:
-            raise ConfigError(f"shared_expert needs activation 'swiglu', not {channel.activation!r}; leave it out")
+            odd = "biases" if channel.bias else f"activation {channel.activation!r}"
+            raise ConfigError(f"shared_expert needs activation 'swiglu' without biases, not {odd}; leave it out")
         return build_config(
             SwitchConfig, settings | {"expert": channel.model_copy(update={"hidden_dim": hidden})}, _MIXTURE
         )

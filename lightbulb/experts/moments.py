@@ -2,7 +2,8 @@
 
 They go where the weights go: copied with what is copied, averaged with what is averaged, zero for what is new (routers,
 units drawn anew, outputs that start at zero). Where an output is multiplied by n, because its gate is one n-th, the
-gradient of the new matrix is one n-th of the old one's: the first moment is divided by n, the second by its square.
+gradient of the new matrix is one n-th of the old one's: the first moment is divided by n, the second by its square. So
+it is of a bias that n parts of a layer have behind such gates.
 """
 
 from collections.abc import Iterator
@@ -35,6 +36,9 @@ class MomentMerge(Merge):
 
     def _scaled(self, values: Tensor, factor: int) -> Tensor:
         return values / factor ** _POWERS[self.moment]
+
+    def _kept_whole(self, values: Tensor, count: int) -> Tensor:
+        return self._scaled(values, count)
 
     def _with_new_units(self, values: Tensor, is_output: bool, layer: int, expert: int, matrix: str) -> Tensor:
         side = 1 if is_output else 0

@@ -32,6 +32,7 @@ from lightbulb.models.language import LanguageConfig
 CHUNK = 1 << 22  # elements compared at a time
 _GATED = ("gate", "up")
 _OUTPUT = "down.weight"
+_OUTPUT_BIAS = "down.bias"
 
 
 @dataclass
@@ -175,10 +176,12 @@ class Merge:
                 yield part_at(name, shape, (expert,), partial(self._matrix, layer, matrix, expert))
 
     def _matrix(self, layer: int, matrix: str, expert: int) -> Tensor:
-        """One expert's part of a source's channel mixer."""
+        """One expert's part of a source's channel mixer: a matrix, or a bias."""
         config = self.config
         row, shard = divmod(expert, config.shards)
         values = self.read(self.sources[config.source_of(row)], f"blocks.{layer}.channel.{matrix}")
+        if matrix == _OUTPUT_BIAS:  # of no hidden unit
+            return self._kept_whole(values, config.shards)
         is_output = matrix == _OUTPUT
         if config.shared_expert and is_output:
             return torch.zeros_like(values)
@@ -197,6 +200,10 @@ class Merge:
     def _scaled(self, values: Tensor, factor: int) -> Tensor:
         """Weights that stand before a gate of 1 / ``factor``."""
         return values * factor
+
+    def _kept_whole(self, values: Tensor, count: int) -> Tensor:
+        """What each of ``count`` parts of a copy has whole: their gates sum to the copy's."""
+        return values
 
     def _head(self, layer: int, rest: str, expert: int) -> Tensor:
         """One expert's query or output projection: of each key/value head one of the query heads that share it."""

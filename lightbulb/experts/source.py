@@ -21,8 +21,8 @@ from lightbulb.train.checkpoint import Checkpoint, CheckpointError, newest_check
 from lightbulb.train.config import RunConfig
 from lightbulb.train.origin import Parent, parent_of
 
-IGNORED = ("rotary_emb.inv_freq",)
-"""Endings of tensors that old folders hold and nobody reads."""
+IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Endings of tensors that old folders hold and nobody reads: frequencies, and GPT-2's causal masks."""
 
 
 class Source(ABC):
@@ -117,6 +117,7 @@ class HuggingFaceSource(Source):
         self.model_config = self.family.config(self.their_config, str(path / CONFIG))
         receipt = read_receipt(path / RECEIPT)
         self.folder = TensorFolder(path, receipt.tensors_out if receipt else None)
+        self._is_bare = not any(name.startswith(self.family.prefix) for name in self.folder.files)
         self._check_rest()
 
     @cached_property
@@ -131,7 +132,7 @@ class HuggingFaceSource(Source):
         if name not in self.table.shapes:
             raise InteropError(f"{self.path}: has no tensor {name!r}; it belongs to another model")
         try:
-            return self.table.ours(name, self.folder.read)
+            return self.table.ours(name, lambda theirs: self.folder.read(self._stored(theirs)))
         except InteropError:
             raise
         except ValueError as error:
@@ -141,11 +142,17 @@ class HuggingFaceSource(Source):
         return Parent(run=str(self.path.resolve()))
 
     def digests(self) -> Digests:
-        return {name: digest(self.folder.stored(name), record=True) for name in self.folder.files}
+        names = (name for name in self.folder.files if not name.endswith(IGNORED))
+        return {name: digest(self.folder.stored(name), record=True) for name in names}
+
+    def _stored(self, theirs: str) -> str:
+        """A tensor's name in this folder."""
+        return theirs.removeprefix(self.family.prefix) if self._is_bare else theirs
 
     def _check_rest(self) -> None:
         """What we have no place for must be nothing."""
-        linked = set(self.table.their_shapes) - set(self.table.zeros)
+        zeros = set(map(self._stored, self.table.zeros))
+        linked = set(map(self._stored, self.table.their_shapes)) - zeros
         if self.model_config.tie_embeddings:
             linked.add("lm_head.weight")  # some write the table twice
         for name in self.folder.files:
@@ -155,9 +162,9 @@ class HuggingFaceSource(Source):
                 or (name == "lm_head.weight" and "head" not in self.table.shapes)
             ):
                 continue
-            may_be_zero = name in self.table.zeros or name.endswith(".bias")
+            may_be_zero = name in zeros or name.endswith(".bias")
             if not may_be_zero or torch.count_nonzero(self.folder.read(name)):
-                why = "is not zero, and LightBulb's models have none" if may_be_zero else "is unknown"
+                why = f"is not zero, and by {CONFIG} there is none" if may_be_zero else "is unknown"
                 raise InteropError(f"{self.path}: the tensor {name!r} {why}; this model cannot be imported")
 
 

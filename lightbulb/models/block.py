@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightbulb.config import Config, Cost, Registered
 from lightbulb.mixers.base import ChannelMixer, ChannelMixerConfig, Context, TokenMixerConfig
 from lightbulb.models.scaling import scaled
-from lightbulb.nn.norm import RMSNorm
+from lightbulb.nn.norm import Norms
 from lightbulb.nn.parameter import Init
 
 BlockState = dict[str, Any]
@@ -23,14 +23,15 @@ class BlockConfig(Config):
     channel: Annotated[ChannelMixerConfig, Registered("channel_mixer")] | None = None
     """Mixes along the features; None for nothing, as in Mamba."""
 
-    def build(self, dim: int, context_length: int, norm_eps: float, dropout: float, init: Init) -> "Block":
+    def build(self, dim: int, context_length: int, norms: Norms, dropout: float, init: Init) -> "Block":
         """The module, uninitialised."""
-        return Block(self, dim, context_length, norm_eps, dropout, init)
+        return Block(self, dim, context_length, norms, dropout, init)
 
-    def cost(self, dim: int, context_length: int) -> Cost:
+    def cost(self, dim: int, context_length: int, norms: Norms) -> Cost:
         """The mixers and a norm for each."""
-        token = self.token.cost(dim, context_length) + Cost(dim, dim, 0.0)
-        return token if self.channel is None else token + self.channel.cost(dim) + Cost(dim, dim, 0.0)
+        norm = Cost(norms.params(dim), norms.params(dim), 0.0)
+        token = self.token.cost(dim, context_length) + norm
+        return token if self.channel is None else token + self.channel.cost(dim) + norm
 
     def mixers(self) -> dict[str, TokenMixerConfig | ChannelMixerConfig]:
         """The mixers by the name of their field."""
@@ -51,16 +52,16 @@ class BlockConfig(Config):
 class Block(nn.Module):
     """``x + token(norm(x))``, then ``x + channel(norm(x))``, with dropout on what is added."""
 
-    def __init__(self, config: BlockConfig, dim: int, context_length: int, norm_eps: float, dropout: float, init: Init):
+    def __init__(self, config: BlockConfig, dim: int, context_length: int, norms: Norms, dropout: float, init: Init):
         super().__init__()
         self.dropout = dropout
         self.residual_scale = 1.0
         """Factor of what the mixers add (:mod:`lightbulb.models.scaling`)."""
-        self.token_norm = RMSNorm(dim, norm_eps)
+        self.token_norm = norms.build(dim)
         self.token = config.token.build(dim, context_length, init)
         self.channel: ChannelMixer | None = None
         if config.channel is not None:
-            self.channel_norm = RMSNorm(dim, norm_eps)
+            self.channel_norm = norms.build(dim)
             self.channel = config.channel.build(dim, init)
 
     def forward(self, x: Tensor, context: Context, state: BlockState | None = None) -> tuple[Tensor, BlockState | None]:

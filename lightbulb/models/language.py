@@ -22,10 +22,10 @@ from lightbulb.models.scaling import ScalingConfig, mark_learning_rates, scaled
 from lightbulb.models.stack import StackConfig, Stage
 from lightbulb.nn.cross_entropy import linear_cross_entropy
 from lightbulb.nn.distillation import distilled_cross_entropy
-from lightbulb.nn.embedding import VocabParallelEmbedding
+from lightbulb.nn.embedding import PositionEmbedding, VocabParallelEmbedding
 from lightbulb.nn.groups import enter_tensor_region, gather_last_dim, tensor_axis, ulysses_axis
 from lightbulb.nn.noise import Noise
-from lightbulb.nn.norm import RMSNorm
+from lightbulb.nn.norm import Norms
 from lightbulb.nn.parameter import Init, Logical, make_parameter
 from lightbulb.nn.recompute import Recompute, recompute
 from lightbulb.nn.soft_targets import SoftTargets
@@ -68,8 +68,14 @@ class LanguageConfig(Config):
     """The head uses the embedding's rows."""
     gist_token_id: int | None = Field(None, ge=0)
     """Tokens after a run of this token see what is before it through it only (Mu et al. 2023, arXiv:2304.08467)."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Norm before each mixer and before the head: by the root mean square, or by mean and variance, with biases (Ba et
+    al. 2016, arXiv:1607.06450)."""
     norm_eps: float = Field(1e-6, gt=0)
     """Epsilon of the norms."""
+    learned_positions: bool = False
+    """Add a learned vector for each of the ``context_length`` positions to the embeddings (GPT-2); longer sequences are
+    then refused."""
     z_loss: float = Field(0.0, ge=0)
     """Coefficient of the squared log-sum-exp of the logits, in training part of the loss (PaLM, arXiv:2204.02311)."""
     init_std: float | None = Field(None, gt=0)
@@ -155,6 +161,10 @@ class LanguageConfig(Config):
             for name, num_experts in self.layer(layer).routers().items()
         }
 
+    def norms(self) -> Norms:
+        """The norms of the residual stream."""
+        return Norms(self.norm, self.norm_eps)
+
     def init(self) -> Init:
         """Initial standard deviations of the blocks; what writes to the residual stream shrinks with depth."""
         std = self.table_std() / math.sqrt(self.scaling.width(self.dim) if self.scaling else 1.0)
@@ -166,17 +176,18 @@ class LanguageConfig(Config):
 
     def layer_costs(self) -> list[Cost]:
         """Cost of each block."""
-        return [self.layer(i).cost(self.dim, self.context_length) for i in range(self.num_layers)]
+        return [self.layer(i).cost(self.dim, self.context_length, self.norms()) for i in range(self.num_layers)]
 
     def head_cost(self) -> Cost:
         """Cost of the final norm and the head."""
         table = self.vocab_size * self.dim
-        params = self.dim + (0 if self.tie_embeddings else table)
+        params = self.norms().params(self.dim) + (0 if self.tie_embeddings else table)
         return Cost(params, params + (table if self.tie_embeddings else 0), 2.0 * table)
 
     def cost(self) -> Cost:
-        """The whole model. A token uses one row of the embedding, which counts as no active parameters."""
-        embedding = Cost(self.vocab_size * self.dim, 0, 0.0)
+        """The whole model. A token uses one row of each embedding, which counts as no active parameters."""
+        rows = self.vocab_size + (self.context_length if self.learned_positions else 0)
+        embedding = Cost(rows * self.dim, 0, 0.0)
         plain = sum(self.layer_costs(), embedding) + self.stack().cost(self.num_layers, self.dim) + self.head_cost()
         return sum((modifier.converted_cost(self._on_meta()) for modifier in self.modifiers), plain)
 
@@ -261,9 +272,12 @@ class LanguageModel(nn.Module):
                 # Both copies get gradient buckets of their own: the distributed optimizer reduces each bucket to shards
                 # before the copies' gradients are added up, and the shards of both must cover the same elements.
                 self.embedding.weight.shared_embedding = True  # type: ignore[attr-defined]
+        if stage.has_embedding and config.learned_positions:
+            self.positions = PositionEmbedding(config.context_length, config.dim, std)
+        norms = config.norms()
         self.blocks = nn.ModuleDict(
             {
-                str(i): config.layer(i).build(config.dim, config.context_length, config.norm_eps, config.dropout, init)
+                str(i): config.layer(i).build(config.dim, config.context_length, norms, config.dropout, init)
                 for i in range(stage.first, stage.last)
             }
         )
@@ -273,7 +287,7 @@ class LanguageModel(nn.Module):
         self.stack = config.stack().build(config.num_layers, stage)
         self._received_widths = config.carried_widths(stage.first)
         if stage.has_head:
-            self.norm = RMSNorm(config.dim, config.norm_eps)
+            self.norm = norms.build(config.dim)
             if config.tie_embeddings and not stage.has_embedding:
                 # A copy of the first stage's table: its gradient is added to the original's, its norm not counted.
                 self.embedding.weight.shared = True  # type: ignore[attr-defined]
@@ -321,13 +335,14 @@ class LanguageModel(nn.Module):
             ``[rows, batch, sum of widths]``.
         """
         length = tokens.shape[1]
+        self._check_length(length)
         positions = torch.arange(length, device=tokens.device)
         noise = noise if self.training else None
         rows = self._rows(length)
         gist = self._gist(tokens)
         context = Context(positions, document_ids, rows=rows, noise=noise, recompute=self.recompute, gist=gist)
         if self.pre_process:
-            embedded = self._embed(self.my_positions(tokens))
+            embedded = self._embed(self.my_positions(tokens), positions[rows])
             carried = self.stack.start(context.at("embedding").dropout(embedded, self.config.dropout))
         else:
             assert self._input is not None
@@ -381,6 +396,7 @@ class LanguageModel(nn.Module):
     def decode(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """Continue the sequences in ``state`` by ``tokens [batch, length]``: logits ``[batch, length, vocab]``."""
         start, length = state["position"], tokens.shape[1]
+        self._check_length(start + length)
         positions, known = torch.arange(start, start + length, device=tokens.device), None
         extra: ModelState = {"position": start + length}
         gist = self._gist(tokens)
@@ -388,11 +404,22 @@ class LanguageModel(nn.Module):
             extra["gist"] = state["gist"].index_copy(1, positions, gist)
             known = extra["gist"][:, : start + length]
         context = Context(positions, gist=known)
-        carried, updated = self.run_blocks(self.stack.start(self._embed(tokens)), context, state)
+        carried, updated = self.run_blocks(self.stack.start(self._embed(tokens, positions)), context, state)
         return self._logits(self._for_head(carried[0])), updated | extra
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return scaled(self.embedding(tokens), self._embedding_scale)
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """``[rows, batch, dim]`` of this Ulysses rank's ``tokens``, at the positions that this rank holds of them."""
+        embedded = self.embedding(tokens)
+        if self.config.learned_positions:
+            embedded = embedded + self.positions(positions)
+        return scaled(embedded, self._embedding_scale)
+
+    def _check_length(self, length: int) -> None:
+        if self.config.learned_positions and length > self.context_length:
+            raise ValueError(
+                f"a sequence of {length} tokens: learned_positions end at context_length {self.context_length}; give "
+                "shorter ones"
+            )
 
     def _for_head(self, x: Tensor) -> Tensor:
         """What the head multiplies; its logits' scale is that of its input."""

@@ -65,7 +65,8 @@ def train_flops(config: LanguageConfig, trained: frozenset[str]) -> float:
     it, and matrices that a mixture of depths passes by for some tokens as if it did not.
     """
     layers = [int(name.split(".")[1]) for name in trained if name.startswith("blocks.")]
-    first = 0 if "embedding.weight" in trained else min(layers, default=config.num_layers)
+    is_below = not trained.isdisjoint(("embedding.weight", "positions.weight"))
+    first = 0 if is_below else min(layers, default=config.num_layers)
     forward = [cost.forward_flops for cost in config.layer_costs()]
     frozen = [0.0] * config.num_layers
     for name, logical, share in _matrices(_on_meta(config)):

@@ -25,6 +25,7 @@ from lightbulb.mixers.base import Context, Facts
 from lightbulb.models.block import Block, BlockConfig, BlockState
 from lightbulb.models.modifier import ModifierConfig
 from lightbulb.nn.documents import run_starts
+from lightbulb.nn.norm import Norms
 from lightbulb.nn.parameter import Init, Logical, make_parameter
 from lightbulb.registry import register
 from lightbulb.routing.balance import attach_loss
@@ -44,13 +45,13 @@ class DepthBlockConfig(BlockConfig):
         """Tokens of a sequence that are processed in training."""
         return max(1, int(self.capacity * length + 1e-9))  # 0.29 * 100 is a little less than 29
 
-    def build(self, dim: int, context_length: int, norm_eps: float, dropout: float, init: Init) -> "DepthBlock":
-        return DepthBlock(self, dim, context_length, norm_eps, dropout, init)
+    def build(self, dim: int, context_length: int, norms: Norms, dropout: float, init: Init) -> "DepthBlock":
+        return DepthBlock(self, dim, context_length, norms, dropout, init)
 
-    def cost(self, dim: int, context_length: int) -> Cost:
+    def cost(self, dim: int, context_length: int, norms: Norms) -> Cost:
         chosen = self.chosen(context_length)
         share = chosen / context_length
-        block = super().cost(dim, chosen)
+        block = super().cost(dim, chosen, norms)
         always = dim + self.predictor_dim * (dim + 1)
         active = always + round(share * block.active_params)
         return Cost(block.params + always, active, share * block.forward_flops + 2.0 * always)
@@ -65,9 +66,9 @@ class DepthBlock(Block):
     """See :class:`DepthBlockConfig`; parameter names are the plain block's, and two more."""
 
     def __init__(
-        self, config: DepthBlockConfig, dim: int, context_length: int, norm_eps: float, dropout: float, init: Init
+        self, config: DepthBlockConfig, dim: int, context_length: int, norms: Norms, dropout: float, init: Init
     ):
-        super().__init__(config, dim, context_length, norm_eps, dropout, init)
+        super().__init__(config, dim, context_length, norms, dropout, init)
         self.config = config
         self.depth_router = make_parameter(Logical((dim,), init.std, keep_fp32=True, by_position=True))
         self.depth_predictor = Predictor(dim, config.predictor_dim, init)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from lightbulb.modifiers.bitlinear import FULL, BitQuantizer
 from lightbulb.nn.grouped import GroupedLinear
-from lightbulb.nn.groups import exit_tensor_region
-from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear, SplitLinear
+from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear, SplitLinear, leave_region
 from lightbulb.nn.parameter import logical_of, values_of
 from lightbulb.nn.splines import SplineLinear, bases_of
 from lightbulb.ops import (
@@ -36,6 +35,7 @@ class PackedLinear(nn.Module):
     Attributes:
         codes: ``[..., out, bytes]`` uint8, or the form that :meth:`make_ready` chose.
         scale: ``[..., parts]`` of each matrix, float32 (float64 of a model in that).
+        bias: the layer's, as it is.
 
     (Parameters, so that a bank of experts hands each expert its own.)
 
@@ -58,6 +58,7 @@ class PackedLinear(nn.Module):
             codes, scale = packed_values(layer, form)
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = layer.bias
 
     @property
     def weight(self) -> TernaryWeight:
@@ -77,7 +78,9 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
         """As the layer: ``x [..., in]``, with ``counts`` rows of each expert when the weight has experts."""
         product = self.multiply(x, counts)
-        return exit_tensor_region(product, self.axis) if self.leaves_region else product
+        if self.leaves_region:
+            return leave_region(product, self.axis, self.bias)
+        return product if self.bias is None else product + self.bias
 
     def exactly(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
         """:meth:`multiply` in float64, of the codes that training takes."""

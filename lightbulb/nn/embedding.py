@@ -1,4 +1,4 @@
-"""Token embedding with the vocabulary split over the tensor axis."""
+"""Token embedding with the vocabulary split over the tensor axis, and a table of positions."""
 
 from torch import Tensor, nn
 from torch.nn.functional import embedding
@@ -31,3 +31,21 @@ class VocabParallelEmbedding(nn.Module):
         mine = (local >= 0) & (local < rows)
         found = embedding(local.clamp(0, rows - 1), self.weight) * mine[..., None]
         return exit_tensor_region(found, self.axis)
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector for each position, whole on every rank, to be added to the tokens' between tensor regions.
+
+    Args:
+        length: positions.
+        dim: width of a row.
+        std: standard deviation of the initial rows.
+    """
+
+    def __init__(self, length: int, dim: int, std: float):
+        super().__init__()
+        self.weight = make_parameter(Logical((length, dim), std, by_position=True))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """``positions [rows]`` to ``[rows, 1, dim]``, for all sequences of a batch."""
+        return embedding(positions, self.weight)[:, None]

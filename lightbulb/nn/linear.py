@@ -3,7 +3,7 @@
 A column-parallel layer holds some rows of the output, a row-parallel layer some columns of the input (Megatron-LM,
 Shoeybi et al. 2019). A mixer calls :func:`~lightbulb.nn.groups.enter_tensor_region` once on its input, any number of
 column-parallel layers, and one row-parallel layer, whose result is summed over the axis: one all-reduce forward and
-one backward per mixer. With one rank both are ``nn.Linear`` without bias. Layers with one matrix per expert are in
+one backward per mixer. With one rank both are ``nn.Linear``. Layers with one matrix per expert are in
 :mod:`lightbulb.nn.grouped`.
 
 Modifiers fill two slots of a layer: a *quantizer* changes what is multiplied, an *adapter* adds to the product.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightbulb.nn.groups import SINGLE, Axis, exit_tensor_region, tensor_axis
-from lightbulb.nn.parameter import Fill, Logical, keeper_of, logical_of, make_parameter, values_of
+from lightbulb.nn.parameter import Fill, Logical, constant, keeper_of, logical_of, make_parameter, values_of
 from lightbulb.nn.precision import linear
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
@@ -54,6 +54,7 @@ class SplitLinear(nn.Module):
 
     Attributes:
         weight: ``[out, in]``; with experts or several matrices in one ``[..., out, in]``.
+        bias: ``[out]``, added to the whole product whatever modifiers make of it; None for none. Starts at zero.
         axis: the tensor axis.
         has_split_input: the input features are split (row-parallel), else the output features (column-parallel), or
             neither when the axis has one rank or the weight is whole.
@@ -67,6 +68,7 @@ class SplitLinear(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.bias: nn.Parameter | None = None
         self.quantizer: Quantizer | None = None
         self.adapter: Adapter | None = None
 
@@ -101,57 +103,70 @@ class SplitLinear(nn.Module):
         return _RebuiltProduct.apply(x, lambda: joined(keeper.read(dtype)), multiply)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """``x W^T`` of the local parts, with what modifiers add."""
+        """``x W^T`` of the local parts, with what modifiers add; without the bias."""
         product = self.product(x, linear)
         return product if self.adapter is None else product + self.adapter(x)
 
 
 class ColumnParallelLinear(SplitLinear):
-    """``y = x W^T`` with the output features split over the tensor axis.
+    """``y = x W^T + b`` with the output features split over the tensor axis.
 
     Args:
         in_features: size of the (replicated) input.
         out_features: size of the logical output.
         std: standard deviation of the initial weight.
         fill: other initial values, instead of ``std``.
+        bias: there is a b.
     """
 
     has_split_input = False
 
-    def __init__(self, in_features: int, out_features: int, std: float | None, fill: Fill | None = None):
+    def __init__(
+        self, in_features: int, out_features: int, std: float | None, fill: Fill | None = None, bias: bool = False
+    ):
         super().__init__()
         self.axis = tensor_axis()
         self.weight = make_parameter(
             Logical((out_features, in_features), std, tensor_dim=0, tensor=self.axis, fill=fill)
         )
+        if bias:
+            self.bias = make_parameter(
+                Logical((out_features,), None, tensor_dim=0, tensor=self.axis, fill=constant(0.0))
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` inside the tensor region to ``[..., out_features / axis size]``."""
-        return self.multiply(x)
+        product = self.multiply(x)
+        return product if self.bias is None else product + self.bias
 
 
 class RowParallelLinear(SplitLinear):
-    """``y = x W^T`` with the input features split over the tensor axis; the result is whole on every rank.
+    """``y = x W^T + b`` with the input features split over the tensor axis; the result is whole on every rank.
 
     Args:
         in_features: size of the logical input.
         out_features: size of the output.
         std: standard deviation of the initial weight.
         fill: other initial values, instead of ``std``.
+        bias: there is a b.
     """
 
     has_split_input = True
 
-    def __init__(self, in_features: int, out_features: int, std: float | None, fill: Fill | None = None):
+    def __init__(
+        self, in_features: int, out_features: int, std: float | None, fill: Fill | None = None, bias: bool = False
+    ):
         super().__init__()
         self.axis = tensor_axis()
         self.weight = make_parameter(
             Logical((out_features, in_features), std, tensor_dim=1, tensor=self.axis, fill=fill)
         )
+        if bias:
+            self.bias = make_parameter(Logical((out_features,), None, fill=constant(0.0), by_position=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features / axis size]`` to ``[..., out_features]``, leaving the tensor region."""
-        return exit_tensor_region(self.multiply(x), self.axis)
+        return leave_region(self.multiply(x), self.axis, self.bias)
 
 
 class WholeLinear(SplitLinear):
@@ -176,6 +191,20 @@ class WholeLinear(SplitLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` outside the tensor region to ``[..., out_features]``."""
         return self.multiply(x)
+
+
+def leave_region(product: Tensor, axis: Axis, bias: Tensor | None) -> Tensor:
+    """What a row-parallel layer makes of its partial products: their sum over the axis, and once the bias.
+
+    Inside an expert, whose owner forms the sum, every rank adds its share of the bias. The gradient of the sum is whole
+    on every rank, and so is the bias's: it is not divided.
+    """
+    product = exit_tensor_region(product, axis)
+    if bias is None:
+        return product
+    if axis.inside:
+        bias = bias.detach() / axis.size + (bias - bias.detach())
+    return product + bias
 
 
 class _RebuiltProduct(torch.autograd.Function):

@@ -1,10 +1,15 @@
-"""Root-mean-square layer normalisation (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+"""Layer normalisation: by the root mean square (Zhang and Sennrich, 2019, arXiv:1910.07467), or by mean and variance
+(Ba et al., 2016, arXiv:1607.06450)."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from lightbulb.nn.groups import sum_over, tensor_axis
-from lightbulb.nn.parameter import Logical, make_parameter
+from lightbulb.nn.parameter import Logical, constant, make_parameter
 from lightbulb.ops import add_rms_norm, rms_norm
 
 
@@ -28,6 +33,47 @@ class RMSNorm(nn.Module):
     def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The normalised ``x + delta``, and ``x + delta`` itself: the step from one part of a block to the next."""
         return add_rms_norm(x, delta, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """``y = g * (x - mean(x)) / sqrt(var(x) + eps) + b`` over the last dimension, statistics in float32; between tensor
+    regions."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = make_parameter(Logical((dim,), None, by_position=True))
+        self.bias = make_parameter(Logical((dim,), None, fill=constant(0.0), by_position=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x [..., dim]``."""
+        return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`RMSNorm.add`."""
+        total = x + delta
+        return self(total), total
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What the norms of a residual stream are.
+
+    Attributes:
+        kind: ``rms`` (:class:`RMSNorm`) or ``layer`` (:class:`LayerNorm`).
+        eps: under the root.
+    """
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-6
+
+    def build(self, dim: int) -> RMSNorm | LayerNorm:
+        """One of them, for ``dim`` features."""
+        return RMSNorm(dim, self.eps) if self.kind == "rms" else LayerNorm(dim, self.eps)
+
+    def params(self, dim: int) -> int:
+        """Parameters of one."""
+        return dim if self.kind == "rms" else 2 * dim
 
 
 class SplitRMSNorm(nn.Module):

@@ -22,6 +22,8 @@ USABLE = 0.9
 """Part of the memory that is planned with; the rest is for fragments and libraries' buffers."""
 FIXED_BYTES = 1.0 * GIB
 """What a process takes before it holds a model: libraries, device context, communication buffers."""
+BEFORE = {"embedding": -1, "positions": -2}
+"""Places of what the first stage has before its layers; a tied embedding is on the last one, too."""
 
 
 class Memory(NamedTuple):
@@ -97,7 +99,8 @@ def candidates(run: RunConfig, ranks: int, ranks_per_node: int) -> Iterator[Para
 
 
 class Shape(NamedTuple):
-    """One logical tensor: its layer (-1 for the embedding, the number of layers for norm and head) and size."""
+    """One logical tensor: its layer (:data:`BEFORE` for what comes before them, their number for norm and head) and
+    size."""
 
     layer: int
     size: int
@@ -112,7 +115,7 @@ def parameter_table(model: LanguageConfig) -> list[Shape]:
     table = []
     for name, parameter in built.named_parameters():
         first, *rest = name.split(".")
-        layer = int(rest[0]) if first == "blocks" else -1 if first == "embedding" else model.num_layers
+        layer = int(rest[0]) if first == "blocks" else BEFORE.get(first, model.num_layers)
         logical = logical_of(parameter)
         table.append(Shape(layer, parameter.numel(), logical.tensor_dim is not None, logical.is_expert))
     return table
@@ -130,7 +133,7 @@ def estimate(run: RunConfig, parallel: ParallelConfig, bf16: bool, table: list[S
         for shape in table:
             tied_copy = shape.layer == -1 and stage.has_head and run.model.tie_embeddings
             here = stage.first <= shape.layer < stage.last
-            here |= shape.layer == -1 and stage.has_embedding or shape.layer == run.model.num_layers and stage.has_head
+            here |= shape.layer < 0 and stage.has_embedding or shape.layer == run.model.num_layers and stage.has_head
             if not (here or tied_copy):
                 continue
             count = shape.size / (parallel.tensor if shape.is_split_by_tensor else 1)

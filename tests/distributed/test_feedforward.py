@@ -1,4 +1,4 @@
-"""Feed-forward parts on split models: KAN layers and experts, ungated experts, Lory."""
+"""Feed-forward parts on split models: KAN layers and experts, ungated experts, biases, Lory."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,6 +54,22 @@ def test_kan_experts(ranks: RankPool, referenced: Referenced, options: dict[str,
 def test_ungated_layers_and_experts(ranks: RankPool, referenced: Referenced, options: dict[str, Any]) -> None:
     gelu = {"type": "mlp", "hidden_dim": 16, "activation": "gelu"}
     known = referenced(block_pattern=pattern(gelu, experts(gelu | {"activation": "squared_relu"})))
+    assert_equal(ranks, known, options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor": 2, "sequence": True},
+        {"tensor": 2, "sequence": True, "expert_tensor": 1, "expert": 2},
+        {"tensor": 2, "expert": 2, "data": 2},
+        {"expert": 2, "data": 2},
+    ],
+    ids=str,
+)
+def test_biases_of_layers_and_experts(ranks: RankPool, referenced: Referenced, options: dict[str, Any]) -> None:
+    gelu = {"type": "mlp", "hidden_dim": 16, "activation": "gelu_tanh", "bias": True}
+    known = referenced(block_pattern=pattern(gelu, experts(gelu | {"activation": "swiglu"})), norm="layer")
     assert_equal(ranks, known, options)
 
 

@@ -22,12 +22,19 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 
+GPT2: dict[str, Any] = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", BASE | {"rms_norm_eps": 1e-5, "rope_theta": 5e5}),
     "llama-tied": ("Llama", BASE | {"head_dim": 16, "tie_word_embeddings": True}),
     "mistral": ("Mistral", BASE | {"sliding_window": 8}),
     "qwen2": ("Qwen2", BASE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "llama-biases": ("Llama", BASE | {"attention_bias": True, "mlp_bias": True}),
     "qwen3": ("Qwen3", BASE | {"head_dim": 16}),
+    "qwen3-biases": ("Qwen3", BASE | {"attention_bias": True}),
+    "gpt2": ("GPT2", GPT2),
+    "gpt2-untied": ("GPT2", GPT2 | {"n_inner": 48, "activation_function": "gelu", "tie_word_embeddings": False,
+                                    "layer_norm_epsilon": 1e-4}),
     "mixtral": ("Mixtral", BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "olmoe": ("Olmoe", BASE | EXPERTS),
     "olmoe-normed": ("Olmoe", BASE | EXPERTS | {"norm_topk_prob": True}),
@@ -44,18 +51,16 @@ SWITCH = {"type": "switch", "num_experts": 4, "hidden_dim": 24}
 
 
 def their_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """A model of transformers whose logits spread, its norms too; biases are zero."""
+    """A model of transformers whose logits spread; no norm is one and no bias zero."""
     kind, values = THEIRS[name]
     torch.manual_seed(seed)
     config = getattr(transformers, f"{kind}Config")(**values | changes)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().requires_grad_(False)
-    for key, parameter in model.named_parameters():
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(4)
-        elif key.endswith("norm.weight"):
+        else:
             parameter.add_(torch.randn_like(parameter) / 10)
-        elif key.endswith("proj.bias"):
-            parameter.zero_()
     return model
 
 
@@ -73,12 +78,12 @@ def our_config(pattern: list[dict[str, Any]], **changes: Any) -> LanguageConfig:
 
 
 def save_ours(config: LanguageConfig, run: Path) -> Path:
-    """A run of random weights, routers' biases too."""
+    """A run of random weights, biases too."""
     model = config.build()
     initialise(model, 1)
     values: dict[str, Tensor] = {name: stored_values(p) for name, p in model.named_parameters()}
     for name, value in values.items():
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", ".bias")):
             value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(2)) / 10)
     for name, buffer in model.named_buffers():
         if name.endswith(".bias"):

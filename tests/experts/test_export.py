@@ -29,6 +29,13 @@ def block(token: dict[str, Any], channel: dict[str, Any] | None = None) -> dict[
     return {"token": token, "channel": channel}
 
 
+LEARNED = {"norm": "layer", "learned_positions": True}
+GPT2_ATTENTION = {"type": "attention", "num_heads": 4, "rope_theta": None, "bias": "all"}
+GPT2_MLP = {"type": "mlp", "hidden_dim": 40, "activation": "gelu_tanh", "bias": True}
+GPT2_SWITCH = {"type": "switch", "num_experts": 4, "expert": GPT2_MLP}
+BIASES = ATTENTION | {"bias": "all"}
+QKV = ATTENTION | {"bias": "qkv"}
+
 CASES: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "dense": ("Llama", [block(ATTENTION, MLP)], {}),
     "tied": ("Llama", [block(ATTENTION | {"head_dim": 12}, MLP)], {"tie_embeddings": True}),
@@ -45,6 +52,14 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "some-experts": ("Qwen3Moe", [block(NORMED, SWITCH | RAW), block(NORMED, MLP)], {}),
     "wide-norm": ("Olmoe", [block(NORMED | {"qk_norm_over": "all_heads"}, SWITCH | RAW)], {}),
     "mamba": ("Mamba2", [block(MAMBA)], {"norm_eps": 1e-5}),
+    "gpt2": ("GPT2", [block(GPT2_ATTENTION, GPT2_MLP)], LEARNED | {"tie_embeddings": True}),
+    "gpt2-untied": ("GPT2", [block(GPT2_ATTENTION, GPT2_MLP | {"activation": "gelu"})], LEARNED | {"dropout": 0.1}),
+    "biases": ("Llama", [block(BIASES, MLP | {"bias": True})], {}),
+    "qkv": ("Qwen2", [block(QKV, MLP)], {}),
+    "normed-biases": ("Qwen3", [block(NORMED | BIASES, MLP)], {}),
+    "wide-norm-biases": ("Olmoe", [block(NORMED | BIASES | {"qk_norm_over": "all_heads"}, SWITCH)], {}),
+    "normed-experts-biases": ("Qwen3Moe", [block(NORMED | BIASES, SWITCH), block(NORMED | BIASES, MLP)], {}),
+    "shared-qkv": ("Qwen2Moe", [block(QKV, SWITCH | {"shared_hidden_dim": 20})], {}),
 }
 """Name to the stock architecture, blocks and further settings."""
 
@@ -63,6 +78,22 @@ OWN: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "gelu": ("activation 'gelu'", [block(ATTENTION, MLP | {"activation": "gelu"})], {}),
     "hybrid": ("token mixer 'mamba'", [block(ATTENTION, MLP), block(MAMBA, MLP)], {}),
     "groups": ("num_groups 1", [block(MAMBA | {"num_groups": 2})], {"norm_eps": 1e-5}),
+    "experts-gpt2": ("'attention' and 'switch' are not GPT-2's", [block(GPT2_ATTENTION, GPT2_SWITCH)], LEARNED),
+    "window-gpt2": ("attention with window 8 is not", [block(GPT2_ATTENTION | {"window": 8}, GPT2_MLP)], LEARNED),
+    "groups-gpt2": ("num_kv_heads 2 is not", [block(GPT2_ATTENTION | {"num_kv_heads": 2}, GPT2_MLP)], LEARNED),
+    "width-gpt2": ("head_dim 16 is not", [block(GPT2_ATTENTION | {"head_dim": 16}, GPT2_MLP)], LEARNED),
+    "qkv-gpt2": ("bias 'qkv' is not", [block(GPT2_ATTENTION | {"bias": "qkv"}, GPT2_MLP)], LEARNED),
+    "swiglu-gpt2": ("activation 'swiglu' is not", [block(GPT2_ATTENTION, MLP)], LEARNED),
+    "no-mlp-bias-gpt2": ("set bias: true", [block(GPT2_ATTENTION, GPT2_MLP | {"bias": False})], LEARNED),
+    "two-gpt2": ("layers with learned positions that differ",
+                 [block(GPT2_ATTENTION, GPT2_MLP), block(GPT2_ATTENTION, GPT2_MLP | {"hidden_dim": 20})], LEARNED),
+    "layer-norm": ("norm 'layer' with learned_positions false", [block(ATTENTION, MLP)], {"norm": "layer"}),
+    "layer-norm-mamba": ("norm 'layer' with learned_positions false", [block(MAMBA)], {"norm": "layer"}),
+    "positions": ("norm 'rms' with learned_positions true", [block(ATTENTION, MLP)], {"learned_positions": True}),
+    "some-biases": ("of which some have biases", [block(BIASES, MLP), block(BIASES, MLP | {"bias": True})], {}),
+    "normed-mlp-biases": ("no stock architecture has all of mlp_bias, qk_norm", [block(NORMED, MLP | {"bias": True})],
+                          {}),
+    "experts-biases": ("no stock architecture has all of all_bias, experts", [block(BIASES, SWITCH)], {}),
     "gist": ("gist tokens", [block(ATTENTION, MLP)], {"gist_token_id": 1}),
 }  # fmt: skip
 """Name to the reason that it is not stock, blocks and further settings."""
@@ -73,7 +104,7 @@ def test_equality_with_transformers(name: str, tmp_path: Path) -> None:
     architecture, pattern, changes = CASES[name]
     run = save_ours(our_config(pattern, **changes), tmp_path / "run")
     receipt = export(run, tmp_path / "out", Options(shard_bytes=30_000))
-    assert receipt.architecture == f"{architecture}ForCausalLM"
+    assert receipt.architecture == ("GPT2LMHeadModel" if architecture == "GPT2" else f"{architecture}ForCausalLM")
     assert receipt == read_receipt(tmp_path / "out" / "receipt.json")
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
@@ -87,9 +118,10 @@ def test_equality_with_transformers(name: str, tmp_path: Path) -> None:
     again = load_model_for_inference(tmp_path / "again")[0].state_dict()
     for key, value in ours.state_dict().items():
         assert torch.equal(again[key], value[: len(again[key])]), key
-    # Qwen2-MoE always has a shared expert: one feature of zeros where ours has none.
+    # Qwen2-MoE always has a shared expert: one feature of zeros where ours has none. Qwen2 always has biases.
     rest = again.keys() - ours.state_dict().keys()
-    assert all("shared" in key and not again[key].any() for key in rest) and bool(rest) == (name == "raw-gates")
+    added = {"raw-gates": "shared", "windows": ".bias"}
+    assert all(added[name] in key and not again[key].any() for key in rest) and bool(rest) == (name in added)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -99,7 +131,7 @@ def test_why_a_model_is_not_stock(name: str) -> None:
         family_of(our_config(pattern, **changes))
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "retention", "ternary", "lora", "depths", "hybrid"])
+@pytest.mark.parametrize("name", ["sigmoid", "retention", "ternary", "lora", "depths", "hybrid", "experts-gpt2"])
 def test_equality_behind_a_modelling_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +198,22 @@ def test_padding_changes_nothing_behind_a_modelling_file(
         found = theirs(torch.cat(parts, 1), attention_mask=mask).logits
     found = found[:, 5:] if side == "left" else found[:, :-5]
     assert (found - wanted).abs().max() < 1e-5  # rotations of other positions round otherwise
+
+
+def test_padding_before_learned_positions_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    _, pattern, changes = OWN["experts-gpt2"]
+    export(save_ours(our_config(pattern, **changes), tmp_path / "run"), tmp_path / "out", Options())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    tokens, mask = sample(), torch.ones(2, 40, dtype=torch.long)
+    mask[0, 30:] = 0
+    with torch.no_grad():
+        found = theirs(tokens, attention_mask=mask).logits
+        assert (found[0, :30] - theirs(tokens[:1, :30]).logits[0]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="padding_side: right"):
+        theirs(tokens, attention_mask=mask.flip(1))
+    with pytest.raises(ValueError, match="a sequence of 80 tokens: learned_positions end at context_length 64"):
+        theirs(torch.cat([tokens, tokens], 1))
 
 
 def test_loss_of_labels_behind_a_modelling_file(

@@ -84,7 +84,7 @@ def change_tensors(folder: Path, **changes: torch.Tensor) -> None:
 
 LAYER = "model.layers.0.self_attn."
 CASES = {
-    "gpt2": ({"model_type": "gpt2"}, {}, "'gpt2' cannot be imported: its positions are learned"),
+    "neox": ({"model_type": "gpt_neox"}, {}, "'gpt_neox' cannot be imported: its rotations are partial"),
     "unknown": ({"model_type": "abacus"}, {}, "model_type 'abacus' cannot be imported; known are llama"),
     "scaled": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, {}, "rope_scaling of type 'llama3'"),
     "activation": ({"hidden_act": "gelu"}, {}, "hidden_act is 'gelu'"),
@@ -94,7 +94,7 @@ CASES = {
     "layers": ({"num_hidden_layers": 3}, {}, r"has no tensor 'model.layers.2"),
     "fewer layers": ({"num_hidden_layers": 1}, {}, r"'model.layers.1.*' is unknown"),
     "width": ({"intermediate_size": 40}, {}, r"has shape \(48, 32\), its config.json means \(40, 32\)"),
-    "bias": ({}, {f"{LAYER}q_proj.bias": torch.ones(32)}, "q_proj.bias' is not zero, and LightBulb's models have none"),
+    "bias": ({}, {f"{LAYER}q_proj.bias": torch.ones(32)}, "q_proj.bias' is not zero, and by config.json there is none"),
     "whole numbers": ({}, {f"{LAYER}q_proj.weight": torch.ones(32, 32, dtype=torch.int8)}, "is torch.int8"),
 }  # fmt: skip
 
@@ -118,6 +118,42 @@ def test_what_cannot_be_expressed_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
     assert command.main([str(folder), str(tmp_path / "run")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+GPT2_CASES = {
+    "activation": ({"activation_function": "relu"}, "activation_function is 'relu'; LightBulb has gelu_new, "),
+    "layers": ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    "upcast": ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is True"),
+    "scale": ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+    "heads": ({"n_head": 3}, "dim 32 does not divide into num_heads 3"),
+    "positions": ({"n_positions": 32}, r"wpe.weight' has shape \(64, 32\), its config.json means \(32, 32\)"),
+    "width": ({"n_inner": 40}, r"c_fc.weight' has shape \(32, 128\), its config.json means \(32, 40\)"),
+}
+
+
+@pytest.mark.parametrize("case", GPT2_CASES)
+def test_a_gpt2_that_cannot_be_expressed_is_refused(case: str, tmp_path: Path) -> None:
+    config, message = GPT2_CASES[case]
+    folder = save_theirs(their_model("gpt2"), tmp_path / "theirs")
+    change_config(folder, **config)
+    with pytest.raises(InteropError, match=message):
+        import_model(folder, tmp_path / "run", SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_gpt2_as_it_was_published(tmp_path: Path) -> None:
+    """Without the prefix of the model with a head, and with the causal masks."""
+    theirs = their_model("gpt2")
+    folder = save_theirs(theirs, tmp_path / "theirs")
+    path = folder / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): values for name, values in load_file(path).items()}
+    masks = {f"h.{layer}.attn.bias": torch.ones(64, 64, dtype=torch.uint8).tril()[None, None] for layer in range(2)}
+    save_file(tensors | masks, path, {"format": "pt"})
+    receipt = import_model(folder, tmp_path / "run", SMALL)
+    assert receipt.tensors_in.keys() == tensors.keys()
+    with torch.no_grad():
+        wanted, found = theirs(sample()).logits, load_model_for_inference(tmp_path / "run")[0](sample())
+    assert (found - wanted).abs().max() < 1e-5
 
 
 def test_biases_of_zero_and_forgotten_tensors_are_let_through(llama: Path, tmp_path: Path) -> None:

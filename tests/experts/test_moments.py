@@ -26,6 +26,14 @@ def gradients(run, tokens):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+BIASED = {"bias": True, "activation": "gelu_tanh", "type": "mlp", "hidden_dim": 24}
+BIASES = {
+    "norm": "layer",
+    "block_pattern": [{"token": MODEL["block_pattern"][0]["token"] | {"bias": "all"}, "channel": BIASED}],
+}
+
+
+@pytest.mark.parametrize("changes", [{}, BIASES], ids=["plain", "biases"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -34,14 +42,14 @@ def gradients(run, tokens):
     ],
     ids=["sparse", "virtual-group"],
 )
-def test_equality_with_the_gradients_of_the_mixture(tmp_path, dense, tokens, settings):
+def test_equality_with_the_gradients_of_the_mixture(tmp_path, dense, tokens, settings, changes):
     """With one copy, and routers that are nearly zero, the mixture is the dense model rearranged: moments that are the
     dense model's gradient become the mixture's."""
-    cold = dense("cold")
+    cold = dense("cold", drift=0.1, **changes)
     found = gradients(cold, tokens)
     moments = {f"{name}:exp_avg": g for name, g in found.items()}
     moments |= {f"{name}:exp_avg_sq": g.square() for name, g in found.items()}
-    warm = write_run(tmp_path / "warm", MODEL, tensors(cold), moments, 7)
+    warm = write_run(tmp_path / "warm", MODEL | changes, tensors(cold), moments, 7)
     out = mixed(tmp_path / "moe", [warm], router_start={"std": 1e-9}, **settings)
     for name, gradient in gradients(out, tokens).items():
         if ".router." in name:

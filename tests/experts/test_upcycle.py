@@ -40,7 +40,15 @@ def assert_equal_models(run, reference, tokens, bound=1e-5):
     assert (found - expected).abs().max() < bound
 
 
+BIASED = {"type": "mlp", "hidden_dim": 24, "activation": "gelu_tanh", "bias": True}
+GPT2 = {"norm": "layer", "learned_positions": True, "tie_embeddings": True} | block(
+    BIASED, {"type": "attention", "num_heads": 4, "rope_theta": None, "bias": "all"}
+)
+QWEN2 = block({"type": "mlp", "hidden_dim": 24, "bias": True}, ATTENTION | {"bias": "qkv"})
+
 KINDS = {
+    "gpt2": GPT2,
+    "biases": QWEN2,
     "plain": {},
     "tied": {"tie_embeddings": True},
     "gelu": block({"type": "mlp", "hidden_dim": 24, "activation": "gelu"}),
@@ -72,7 +80,7 @@ def test_equality_of_identical_experts_and_the_dense_model(dense, tmp_path, toke
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equality_of_identical_experts_for_every_kind_of_model(dense, tmp_path, tokens, kind):
-    source = dense("a", **KINDS[kind])
+    source = dense("a", drift=0.1, **KINDS[kind])
     assert_equal_models(mix(tmp_path / "out", [source] * 2, **BTX), source, tokens)
 
 
@@ -113,6 +121,35 @@ def test_equality_of_virtual_groups_without_gates(dense, tmp_path, tokens, activ
     source = dense("a", **block({"type": "mlp", "hidden_dim": 24, "activation": activation}))
     settings = {"method": "virtual-group", "num_experts": 6, "shards": 2, "router": {"top_k": 4}}
     assert_equal_models(mix(tmp_path / "out", [source], **settings), source, tokens)
+
+
+@pytest.mark.parametrize("model", [GPT2, QWEN2], ids=["gpt2", "biases"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "sparse", "num_experts": 3, "router": {"top_k": 2}},
+        {"method": "drop", "num_experts": 3, "drop_ratio": 0.0},
+        {"method": "virtual-group", "num_experts": 6, "shards": 3, "router": {"top_k": 3}},
+    ],
+    ids=lambda settings: settings["method"],
+)
+def test_equality_of_copies_with_biases_and_the_dense_model(dense, tmp_path, tokens, settings, model):
+    source = dense("a", drift=0.1, **model)
+    out = mix(tmp_path / "out", [source], **settings)
+    assert_equal_models(out, source, tokens)
+    old = tensor(source, "blocks.0.channel.down.bias")
+    assert old.any() and all(torch.equal(each, old) for each in tensor(out, "blocks.0.channel.experts.each.down.bias"))
+
+
+def test_drop_redraws_the_biases_of_its_units(dense, tmp_path):
+    source = dense("a", drift=0.1, **block(BIASED | {"hidden_dim": 400}))
+    out = mix(tmp_path / "out", [source], method="drop", num_experts=3, drop_ratio=0.25, seed=7)
+    found, old = tensor(out, "blocks.1.channel.experts.each.up.bias"), tensor(source, "blocks.1.channel.up.bias")
+    for expert in range(3):
+        units = dropped_units(400, 0.25, 7, 1, expert)
+        changed = (found[expert] != old).nonzero().flatten()
+        assert torch.equal(changed, units.sort().values)
+        assert float(found[expert, units].std()) == pytest.approx(float(old[units].std()), rel=0.3)  # of 100 draws
 
 
 def test_copies_that_differ_are_not_the_dense_model(dense, tmp_path, tokens):
@@ -338,6 +375,8 @@ def test_what_cannot_be_mixed_is_named(dense, tmp_path, case):
     ("method", "changes", "message"),
     [
         ("btx+moa", block(token=ATTENTION | {"window": 4}), "no window"),
+        ("btx+moa", QWEN2, "no bias"),
+        ("btx+moa", GPT2, "no bias"),
         ("btx+moa", block(token={"type": "retention", "num_heads": 2}), "no layer has attention"),
         ("drop", block({"type": "kan", "hidden_dim": 8}), "needs channel mixers of type 'mlp'"),
         ("virtual-group", {"modifiers": [{"type": "bitlinear"}]}, "bitlinear scales each matrix"),
@@ -346,7 +385,19 @@ def test_what_cannot_be_mixed_is_named(dense, tmp_path, case):
 )
 def test_models_that_a_method_cannot_take_are_refused(dense, tmp_path, method, changes, message):
     source = dense("a", **changes)
+    before = sorted(tmp_path.iterdir())
     more = {"num_experts": 4, "shards": 2} if method == "virtual-group" else {"num_experts": 2}
     count = 2 if method.startswith("btx") else 1
     with pytest.raises(ConfigError, match=message):
         mix(tmp_path / "out", [source] * count, method=method, **more)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("channel", "message"),
+    [({"bias": True}, "without biases, not biases"), ({"activation": "gelu"}, "not activation 'gelu'")],
+)
+def test_a_shared_expert_without_a_fused_form_is_refused(dense, tmp_path, channel, message):
+    source = dense("a", **block({"type": "mlp", "hidden_dim": 24} | channel))
+    with pytest.raises(ConfigError, match=message):
+        mix(tmp_path / "out", [source], method="sparse", num_experts=2, shared_expert=True)

@@ -63,6 +63,34 @@ def test_two_llamas_become_a_run_that_loads(tmp_path, llamas, capsys):
     assert load_variants(str(tmp_path / "moe" / "config.yaml"))[""].model.layer(0).token.num_experts == 4
 
 
+@pytest.mark.parametrize("kind", ["GPT2", "Qwen2"])
+def test_equality_of_mixtures_of_folders_with_biases(tmp_path, llamas, kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=288, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.1,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    for name in ("one", "two"):
+        model.save_pretrained(tmp_path / name)
+        shutil.copy(llamas[0] / "tokenizer.json", tmp_path / name)
+    ids = torch.tensor([[5, 9, 200, 3, 77]])
+    wanted = model(ids).logits
+    sources = [{"path": str(tmp_path / name)} for name in ("one", "two")]
+    for values in (
+        {"method": "btx", "sources": sources},
+        {"method": "sparse", "sources": sources[:1], "num_experts": 4},
+    ):
+        run = tmp_path / values["method"]
+        comparison = upcycle(load_upcycle_config(write(tmp_path / "c.yaml", values | {"run": str(run)}))).comparison
+        assert comparison.greatest_difference < 1e-5 < comparison.standard_deviation
+        assert (load_model_for_inference(run)[0](ids) - wanted).abs().max() < 1e-4 * wanted.std()
+
+
 def test_a_run_and_a_hugging_face_folder_mix(tmp_path, llamas):
     import_model(llamas[0], tmp_path / "imported", Options())
     sources = [{"path": str(tmp_path / "imported")}, {"path": str(llamas[0])}]

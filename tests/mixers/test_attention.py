@@ -107,10 +107,15 @@ def run(module: Attention, x: Tensor, ids: Tensor | None = None) -> Tensor:
     return module(x, Context(torch.arange(len(x)), ids))[0]
 
 
+@pytest.mark.parametrize("bias", ["none", "qkv", "all"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("kv_heads", [None, 1, 2])
-def test_mixer_values_and_gradients(kv_heads: int | None, qk_norm: bool) -> None:
-    module = mixer(num_kv_heads=kv_heads, qk_norm=qk_norm)
+def test_mixer_values_and_gradients(kv_heads: int | None, qk_norm: bool, bias: str) -> None:
+    module = mixer(num_kv_heads=kv_heads, qk_norm=qk_norm, bias=bias)
+    biases = [parameter for name, parameter in module.named_parameters() if name.endswith(".bias")]
+    assert len(biases) == {"none": 0, "qkv": 3, "all": 4}[bias]
+    for parameter in biases:
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     x = torch.randn(5, 2, DIM, dtype=torch.float64, requires_grad=True)
     assert torch.allclose(run(module, x), naive_mixer(module, x), atol=1e-6)  # angles are float32
     parameters = list(module.parameters())
@@ -124,7 +129,7 @@ def naive_mixer(module: Attention, x: Tensor) -> Tensor:
     config, (length, batch, _) = module.config, x.shape
     width = config.width(DIM)
     query, key, value = (
-        (x @ part.weight.t()).view(length, batch, -1, width).permute(1, 2, 0, 3)
+        affine(x, part).view(length, batch, -1, width).permute(1, 2, 0, 3)
         for part in (module.query, module.key, module.value)
     )
     if config.qk_norm:
@@ -136,7 +141,11 @@ def naive_mixer(module: Attention, x: Tensor) -> Tensor:
     turn = torch.polar(torch.ones((), dtype=torch.float64), torch.arange(length)[:, None] * frequency)
     turned = [torch.complex(*t.chunk(2, -1)) * turn for t in (query, key)]
     query, key = (torch.cat((t.real, t.imag), -1) for t in turned)
-    return naive(query, key, value).permute(2, 0, 1, 3).flatten(2) @ module.output.weight.t()
+    return affine(naive(query, key, value).permute(2, 0, 1, 3).flatten(2), module.output)
+
+
+def affine(x: Tensor, layer: torch.nn.Module) -> Tensor:
+    return torch.nn.functional.linear(x, layer.weight, layer.bias)
 
 
 def test_the_future_changes_nothing() -> None:

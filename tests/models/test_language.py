@@ -25,6 +25,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "qk_norm": {"block_pattern": [{"token": ATTENTION | {"qk_norm": True, "head_dim": 6}, "channel": MLP}]},
 }
 
+BIASED = {"type": "mlp", "hidden_dim": 24, "activation": "gelu_tanh", "bias": True}
+LEARNED = {"type": "attention", "num_heads": 4, "rope_theta": None, "bias": "all"}
+MODELS["learned"] = {
+    "block_pattern": [
+        {"token": LEARNED, "channel": BIASED},
+        {"token": LEARNED, "channel": {"type": "switch", "num_experts": 4, "expert": BIASED}},
+    ],
+    "norm": "layer",
+    "learned_positions": True,
+    "tie_embeddings": True,
+}
+
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -138,7 +150,7 @@ def test_stages_together_are_the_whole_model(name: str, stages: int) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["moe", "tied"])
+@pytest.mark.parametrize("name", ["moe", "tied", "learned"])
 def test_stages_in_a_row_compute_what_the_whole_model_computes(name: str) -> None:
     config, tokens = config_of(name), tokens_of()
     x = None
@@ -206,6 +218,21 @@ def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
 def test_layouts_that_do_not_fit_are_named(name: str, degrees: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(name).check_parallel(Degrees(**degrees))
+
+
+@torch.no_grad()
+def test_learned_positions_tell_places_apart_and_end_with_the_context() -> None:
+    model, same = model_of("learned"), torch.full((1, 10), 7)
+    logits = model(same)
+    assert (logits[:, 1:] - logits[:, :-1]).abs().amax(-1).min() > 1e-4
+    model.positions.weight.zero_()  # and nothing else does
+    logits = model(same)
+    torch.testing.assert_close(logits, logits[:, :1].expand_as(logits))
+    with pytest.raises(ValueError, match="a sequence of 11 tokens: learned_positions end at context_length 10"):
+        model(tokens_of(length=11))
+    state = model.decode(tokens_of(), model.init_state(2, 11))[1]
+    with pytest.raises(ValueError, match="a sequence of 11 tokens"):
+        model.decode(tokens_of(length=1), state)
 
 
 def test_first_blocks_come_before_the_pattern() -> None:

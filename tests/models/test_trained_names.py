@@ -94,7 +94,10 @@ def counted(config: LanguageConfig, trainable: Trainable) -> float:
 
 
 CHOICES: list[Trainable] = ["routers", "routers+experts", ["blocks.2.*"], ["norm.*", "head"], ["embedding.*"]]
-VARIANTS: dict[str, Any] = {"plain": {}, "tied": {"tie_embeddings": True}, "lora": {"modifiers": [LORA]}}
+LEARNED: dict[str, Any] = {"learned_positions": True, "norm": "layer"}
+VARIANTS: dict[str, Any] = {
+    "plain": {}, "tied": {"tie_embeddings": True}, "lora": {"modifiers": [LORA]}, "learned": LEARNED
+}  # fmt: skip
 
 
 @pytest.mark.usefixtures("reference_kernels")
@@ -102,6 +105,8 @@ VARIANTS: dict[str, Any] = {"plain": {}, "tied": {"tie_embeddings": True}, "lora
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_flops_that_are_left_out_are_not_computed(variant: str, trainable: Trainable) -> None:
     config = model_with(**VARIANTS[variant])
+    if trainable == ["embedding.*"] and config.learned_positions:
+        trainable = ["positions.*"]
     if trainable == ["norm.*", "head"] and config.tie_embeddings:
         trainable = ["norm.*"]
     everything = [name for name, _ in config.build().named_parameters()]

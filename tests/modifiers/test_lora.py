@@ -19,7 +19,7 @@ from lightbulb.nn.linear import ColumnParallelLinear, SplitLinear
 from lightbulb.nn.nf4 import NF4, levels
 from lightbulb.nn.parameter import initialise, set_values, stored_values, values_of
 
-ATTENTION = {"type": "attention", "num_heads": 4}
+ATTENTION = {"type": "attention", "num_heads": 4, "bias": "all"}
 SWITCH = {"type": "switch", "num_experts": 4, "hidden_dim": 64, "shared_hidden_dim": 64}
 VALUES: dict[str, Any] = {
     "vocab_size": 64,
@@ -27,7 +27,7 @@ VALUES: dict[str, Any] = {
     "num_layers": 2,
     "context_length": 24,
     "block_pattern": [
-        {"token": ATTENTION, "channel": {"type": "mlp", "hidden_dim": 128}},
+        {"token": ATTENTION, "channel": {"type": "mlp", "hidden_dim": 128, "bias": True}},
         {"token": ATTENTION, "channel": SWITCH},
     ],
 }
@@ -36,9 +36,12 @@ NF4_LORA = LORA | {"quantize": "nf4"}
 
 
 def build(*modifiers: dict[str, Any], random: bool = False, **changes: Any) -> LanguageModel:
-    """A model in float64; ``random``: with B that is not zero."""
+    """A model in float64 with biases; ``random``: with B that is not zero."""
     model = build_config(LanguageConfig, VALUES | {"modifiers": list(modifiers)} | changes).build()
     initialise(model, 3)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
     model.double()
     if random:
         for adapter in adapters(model):
@@ -174,7 +177,7 @@ def test_equality_in_any_order_with_bitlinear(bitlinear: dict[str, Any]) -> None
     assert isinstance(layer, SplitLinear) and isinstance(layer.adapter, LowRank) and layer.quantizer is not None
     x = torch.randn(5, 64, dtype=torch.float64)
     expected = layer.quantizer.input(x) @ layer.quantizer.matrix(layer.weight).t() + x @ layer.adapter.delta().t()
-    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer(x), expected + layer.bias, rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="blocks.0.token.query: its weight is quantised"):
         merge(one)
 

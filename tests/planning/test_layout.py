@@ -6,6 +6,7 @@ import pytest
 from training_runs import write_run_file
 
 from lightbulb.config import load_config
+from lightbulb.parallel.topology import ParallelConfig
 from lightbulb.planning.layout import FIXED_BYTES, USABLE, candidates, choose_layout, estimate, parameter_table
 from lightbulb.planning.report import plan
 from lightbulb.train.config import RunConfig
@@ -31,6 +32,13 @@ def test_the_table_counts_every_parameter(run: RunConfig) -> None:
     assert sum(shape.size for shape in table) == run.model.cost().params
     experts = sum(shape.size for shape in table if shape.is_expert)
     assert experts == 16 * 8 * 3 * 2048 * 4096
+
+
+def test_learned_positions_are_on_the_first_stage(run: RunConfig) -> None:
+    """Which is the fullest here: the cut gives the last one fewer layers, because of the head."""
+    learned = run.model_copy(update={"model": run.model.model_copy(update={"learned_positions": True})})
+    before, after = (estimate(r, ParallelConfig(pipeline=2), True, parameter_table(r.model)) for r in (run, learned))
+    assert after.weights - before.weights == 2 * 2048 * 2048
 
 
 def test_one_rank_holds_weights_gradients_and_state_of_everything(run: RunConfig) -> None:

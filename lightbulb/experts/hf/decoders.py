@@ -3,7 +3,8 @@
 Names and conventions are those of transformers 4.57; the tests compare logits. Rotary features are paired half by half
 in both libraries. Mixtral's gates (softmax, top-k, divided by their sum) are ``normalize_gates: true``, the others have
 ``norm_topk_prob``. Qwen2-MoE multiplies its shared expert by a sigmoid of a product that is zero for us: 1/2, for which
-the expert's last matrix is doubled there. Dense Qwen2 always has biases of queries, keys and values; ours are zero.
+the expert's last matrix is doubled there. Dense Qwen2 always has biases of queries, keys and values: zeros,
+when ours has none.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lightbulb.experts.hf.links import LinkTable
 from lightbulb.mixers.channel.mlp import MLPConfig
 from lightbulb.mixers.channel.switch import RoutedConfig, SwitchConfig
 from lightbulb.mixers.token.attention import AttentionConfig
+from lightbulb.mixers.token.heads import Biases
 from lightbulb.models.block import BlockConfig
 from lightbulb.models.language import LanguageConfig
 
@@ -28,8 +30,9 @@ class Decoder(Family):
         experts: where a layer's experts are, or None.
         count: key of the number of experts.
         matrices: names of an expert's gate, up and down projections.
-        bias_key: key that switches the biases of queries, keys and values off.
-        has_bias: they cannot be switched off.
+        bias: which projections of attention can have biases.
+        bias_key: key that says whether they have; None where they always have.
+        default_bias: what a config that does not say has.
         window: how windows are written: one for all layers, or by layers.
         default_window: what a config that does not say has.
     """
@@ -37,8 +40,9 @@ class Decoder(Family):
     experts: str | None = None
     count: str = "num_experts"
     matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    bias: Biases = "all"
     bias_key: str | None = "attention_bias"
-    has_bias: bool = False
+    default_bias: bool = False
     window: Literal["one", "layers"] | None = None
     default_window: int | None = None
 
@@ -50,6 +54,7 @@ class Decoder(Family):
             "num_heads": heads,
             "num_kv_heads": theirs.get("num_key_value_heads") or heads,
             "rope_theta": _rope_theta(theirs, source),
+            "bias": self.bias if self._has_bias(theirs) else "none",
         }
         head_dim = theirs.get("head_dim")
         if head_dim is not None and head_dim * heads != dim:
@@ -75,11 +80,15 @@ class Decoder(Family):
             "norm_eps": eps,
         }
 
+    def _has_bias(self, theirs: dict[str, Any]) -> bool:
+        """Whether their attention has biases, if it can."""
+        return self.bias_key is None or bool(theirs.get(self.bias_key, self.default_bias))
+
     def _channel(self, theirs: dict[str, Any], source: str, layer: int) -> dict[str, Any]:
         width = needed(theirs, source, "intermediate_size")
         is_dense = layer in (theirs.get("mlp_only_layers") or []) or (layer + 1) % theirs.get("decoder_sparse_step", 1)
         if self.experts is None or is_dense:
-            return {"type": "mlp", "hidden_dim": width}
+            return {"type": "mlp", "hidden_dim": width, "bias": self._may_bias_mlp and bool(theirs.get("mlp_bias"))}
         top_k = needed(theirs, source, "num_experts_per_tok")
         channel: dict[str, Any] = {
             "type": "switch",
@@ -108,6 +117,10 @@ class Decoder(Family):
         kinds = theirs.get("layer_types") or default
         return [width if kind == "sliding_attention" else None for kind in kinds]
 
+    @property
+    def _may_bias_mlp(self) -> bool:
+        return "mlp_bias" in self.may
+
     def write(self, ours: LanguageConfig) -> dict[str, Any]:
         blocks = [ours.layer(i) for i in range(ours.num_layers)]
         attentions = [block.token for block in blocks]
@@ -130,7 +143,9 @@ class Decoder(Family):
             "attention_dropout": 0.0,
         }
         if self.bias_key is not None:
-            theirs[self.bias_key] = False
+            theirs[self.bias_key] = first.bias != "none"
+        if self._may_bias_mlp:
+            theirs["mlp_bias"] = _has_mlp_bias(blocks)
         windows = [token.window for token in attentions if isinstance(token, AttentionConfig)]
         if self.window is not None:
             theirs["sliding_window"] = next((w for w in windows if w), None)
@@ -176,9 +191,12 @@ class Decoder(Family):
         table.add(f"{here}token_norm.weight", f"{there}input_layernorm.weight")
         table.add(f"{here}channel_norm.weight", f"{there}post_attention_layernorm.weight")
         for name in ("query", "key", "value", "output"):
-            table.add(f"{here}token.{name}.weight", f"{there}self_attn.{name[0]}_proj.weight")
-            if self.has_bias and name != "output":
-                table.zeros[f"{there}self_attn.{name[0]}_proj.bias"] = table.shapes[f"{here}token.{name}.weight"][:1]
+            mine, theirs = f"{here}token.{name}.", f"{there}self_attn.{name[0]}_proj."
+            table.add(f"{mine}weight", f"{theirs}weight")
+            if f"{mine}bias" in table.shapes:
+                table.add(f"{mine}bias", f"{theirs}bias")
+            elif self.bias == "qkv" and self.bias_key is None and name != "output":
+                table.zeros[f"{theirs}bias"] = table.shapes[f"{mine}weight"][:1]
         if self.must & {"qk_norm", "wide_qk_norm"}:
             for name in ("query", "key"):
                 table.add(f"{here}token.{name}_norm.weight", f"{there}self_attn.{name[0]}_norm.weight")
@@ -186,7 +204,8 @@ class Decoder(Family):
             self._link_experts(ours, table, layer, block.channel)
         else:
             for name in SWIGLU:
-                table.add(f"{here}channel.{name}.weight", f"{there}mlp.{name}_proj.weight")
+                for kind in ("weight", "bias") if _has_mlp_bias([block]) else ("weight",):
+                    table.add(f"{here}channel.{name}.{kind}", f"{there}mlp.{name}_proj.{kind}")
 
     def _link_experts(self, ours: LanguageConfig, table: LinkTable, layer: int, routed: RoutedConfig) -> None:
         here, there = f"blocks.{layer}.channel.", f"model.layers.{layer}.{self.experts}."
@@ -224,6 +243,9 @@ def traits(ours: LanguageConfig) -> frozenset[str]:
         raise InteropError(f"activation {dense[0].activation!r} is in no stock architecture; swiglu is")
     if len({channel.hidden_dim for channel in dense}) > 1:
         raise InteropError("dense layers of several widths are in no stock architecture")
+    if len({channel.bias for channel in dense}) > 1:
+        raise InteropError("dense layers of which some have biases are in no stock architecture")
+    found |= {"mlp_bias"} if dense and dense[0].bias else set()
     if not routed:
         return found
     same = {(c.num_experts, c.hidden_dim, c.router.top_k, c.router.normalize_gates, shared_width(c)) for c in routed}
@@ -262,9 +284,13 @@ def _attention_traits(ours: LanguageConfig, tokens: list[Any]) -> frozenset[str]
                 raise InteropError(f"attention with {name} {getattr(token, name)!r} is in no stock architecture")
         if token.qk_norm and token.norm_eps != ours.norm_eps:
             raise InteropError(f"attention's norm_eps {token.norm_eps:g} is not the model's {ours.norm_eps:g}")
-    shapes = {(t.num_heads, t.kv_heads, t.width(ours.dim), t.rope_theta, t.qk_norm, t.qk_norm_over) for t in tokens}
+    shapes = {
+        (t.num_heads, t.kv_heads, t.width(ours.dim), t.rope_theta, t.bias, t.qk_norm, t.qk_norm_over) for t in tokens
+    }
     if len(shapes) > 1:
         raise InteropError("layers of attention that differ in more than their window are in no stock architecture")
+    if tokens[0].bias != "none":
+        found.add(f"{tokens[0].bias}_bias")
     if tokens[0].qk_norm:
         found.add("qk_norm" if tokens[0].qk_norm_over == "head" else "wide_qk_norm")
     if tokens[0].width(ours.dim) * tokens[0].num_heads != ours.dim:
@@ -288,6 +314,10 @@ def _dense_width(blocks: list[BlockConfig]) -> int | None:
     return next((block.channel.hidden_dim for block in blocks if isinstance(block.channel, MLPConfig)), None)
 
 
+def _has_mlp_bias(blocks: list[BlockConfig]) -> bool:
+    return any(isinstance(block.channel, MLPConfig) and block.channel.bias for block in blocks)
+
+
 def _rope_theta(theirs: dict[str, Any], source: str) -> float:
     """The base of the rotation; newer configs keep it with its scaling."""
     parameters = theirs.get("rope_parameters") or {}
@@ -306,18 +336,19 @@ def _family(model_type: str, architecture: str, must: str = "", may: str = "", *
 
 
 DECODERS = [
-    _family("llama", "LlamaForCausalLM", may="head_dim"),
-    _family("mistral", "MistralForCausalLM", may="head_dim window", bias_key=None, window="one",
+    _family("llama", "LlamaForCausalLM", may="head_dim all_bias mlp_bias"),
+    _family("mistral", "MistralForCausalLM", may="head_dim window", bias="none", bias_key=None, window="one",
             default_window=4096),
-    _family("qwen2", "Qwen2ForCausalLM", may="head_dim window some_windows", bias_key=None, has_bias=True,
+    _family("qwen2", "Qwen2ForCausalLM", may="head_dim qkv_bias window some_windows", bias="qkv", bias_key=None,
             window="layers"),
-    _family("qwen3", "Qwen3ForCausalLM", must="qk_norm", may="head_dim window some_windows", window="layers"),
-    _family("mixtral", "MixtralForCausalLM", must="experts", may="head_dim window", bias_key=None, window="one",
-            experts="block_sparse_moe", count="num_local_experts", matrices=("w1", "w3", "w2")),
-    _family("olmoe", "OlmoeForCausalLM", must="experts wide_qk_norm", may="raw_gates", experts="mlp"),
-    _family("qwen3_moe", "Qwen3MoeForCausalLM", must="experts qk_norm", may="head_dim raw_gates dense_layers",
-            experts="mlp"),
-    _family("qwen2_moe", "Qwen2MoeForCausalLM", must="experts", may="raw_gates shared dense_layers",
-            bias_key="qkv_bias", experts="mlp"),
+    _family("qwen3", "Qwen3ForCausalLM", must="qk_norm", may="head_dim all_bias window some_windows",
+            window="layers"),
+    _family("mixtral", "MixtralForCausalLM", must="experts", may="head_dim window", bias="none", bias_key=None,
+            window="one", experts="block_sparse_moe", count="num_local_experts", matrices=("w1", "w3", "w2")),
+    _family("olmoe", "OlmoeForCausalLM", must="experts wide_qk_norm", may="all_bias raw_gates", experts="mlp"),
+    _family("qwen3_moe", "Qwen3MoeForCausalLM", must="experts qk_norm",
+            may="head_dim all_bias raw_gates dense_layers", experts="mlp"),
+    _family("qwen2_moe", "Qwen2MoeForCausalLM", must="experts", may="qkv_bias raw_gates shared dense_layers",
+            bias="qkv", bias_key="qkv_bias", default_bias=True, experts="mlp"),
 ]  # fmt: skip
 """In the order in which a model of ours is tried as one."""

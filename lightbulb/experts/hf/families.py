@@ -4,17 +4,17 @@ from typing import Any
 
 from lightbulb.experts.hf.decoders import DECODERS, traits
 from lightbulb.experts.hf.family import Family, InteropError
+from lightbulb.experts.hf.gpt2 import GPT2, check_gpt2
 from lightbulb.experts.hf.mamba2 import MAMBA2, check_mamba
 from lightbulb.experts.hf.own import OWN
 from lightbulb.mixers.token.mamba import MambaConfig
 from lightbulb.models.language import LanguageConfig
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in [*DECODERS, MAMBA2, OWN]}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in [*DECODERS, GPT2, MAMBA2, OWN]}
 """By the ``model_type`` of config.json."""
 
 REASONS = {
-    "gpt2": "its positions are learned and its norms and products have biases",
-    "gpt_neox": "its rotations are partial and its norms and products have biases",
+    "gpt_neox": "its rotations are partial and its blocks parallel",
     "deepseek_v2": "its attention is latent",
     "deepseek_v3": "its attention is latent",
     "gemma": "its norms add one to their weights and its embeddings are scaled",
@@ -38,6 +38,14 @@ def family_of(ours: LanguageConfig) -> Family:
         raise InteropError("width and depth scaling is in no stock architecture")
     if ours.gist_token_id is not None:
         raise InteropError("gist tokens are in no stock architecture")
+    if ours.norm == "layer" and ours.learned_positions:
+        check_gpt2(ours)
+        return GPT2
+    if ours.norm != "rms" or ours.learned_positions:
+        raise InteropError(
+            f"norm {ours.norm!r} with learned_positions {str(ours.learned_positions).lower()} is in no stock "
+            "architecture; GPT-2 has 'layer' with true, all others 'rms' with false"
+        )
     if isinstance(ours.layer(0).token, MambaConfig):
         check_mamba(ours)
         return MAMBA2

@@ -22,7 +22,11 @@ class InteropError(ValueError):
 
 @dataclass(frozen=True)
 class Family(ABC):
-    """An architecture."""
+    """An architecture.
+
+    Attributes:
+        prefix: what the names of its tensors begin with; folders of the model without its head leave it out.
+    """
 
     model_type: str
     architecture: str

@@ -2,7 +2,8 @@
 
 A :class:`Link` says that some of our tensor, at an index of its leading dimensions, is some rows of their tensor. One
 tensor of ours may come from many of theirs (experts are stacked here, apart there) and one of theirs from many of ours
-(Mamba-2's input projection is five of our matrices one below the other).
+(Mamba-2's input projection is five of our matrices one below the other). Where theirs is stored transposed, as GPT-2's
+matrices are, its rows are those of the transpose.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,12 +42,14 @@ class LinkTable:
         links: for each tensor of ours.
         zeros: their tensors that we have not and that change nothing while they are zero, with their shapes.
         flat: their names whose tensors have a dimension of one more after the first (a convolution's).
+        transposed: their names whose tensors are matrices ``[in, out]``.
     """
 
     shapes: dict[str, tuple[int, ...]]
     links: list[Link] = field(default_factory=list)
     zeros: dict[str, tuple[int, ...]] = field(default_factory=dict)
     flat: set[str] = field(default_factory=set)
+    transposed: set[str] = field(default_factory=set)
 
     def add(self, ours: str, theirs: str, factor: float = 1.0) -> None:
         """Link a tensor of ours with one of theirs."""
@@ -56,7 +59,7 @@ class LinkTable:
         """Link what a tensor of ours has at an index of its leading dimensions with one of theirs."""
         self.links.append(Link(ours, theirs, place))
 
-    def add_rows(self, theirs: str, *ours: str, flat: bool = False) -> None:
+    def add_rows(self, theirs: str, *ours: str, flat: bool = False, transposed: bool = False) -> None:
         """Link their tensor with several of ours, whose rows lie one below the other in it."""
         start = 0
         for name in ours:
@@ -64,6 +67,8 @@ class LinkTable:
             start += self.shapes[name][0]
         if flat:
             self.flat.add(theirs)
+        if transposed:
+            self.transposed.add(theirs)
 
     def ours(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """Our tensor in float32 from theirs.
@@ -93,7 +98,8 @@ class LinkTable:
         if name in self.zeros:
             return torch.zeros(self.zeros[name])
         parts = [read(link.ours, link.place) * link.factor for link in self._of_theirs[name]]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self.their_shapes[name])
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined.t() if name in self.transposed else joined.reshape(self.their_shapes[name])
 
     @property
     def their_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -105,7 +111,8 @@ class LinkTable:
                 if link.theirs in self.flat and rest:
                     rest = [1, *rest]
                 shapes[link.theirs] = (shapes.get(link.theirs, (0,))[0] + rows, *rest)
-            self._their_shapes = shapes | self.zeros
+            stored = {name: shape[::-1] if name in self.transposed else shape for name, shape in shapes.items()}
+            self._their_shapes = stored | self.zeros
         return self._their_shapes
 
     def problems(self) -> Iterator[str]:
@@ -138,6 +145,8 @@ class LinkTable:
         values, wanted = read(link.theirs), self.their_shapes[link.theirs]
         if tuple(values.shape) != wanted:
             raise ValueError(f"{link.theirs!r} has shape {tuple(values.shape)}, its config.json means {wanted}")
+        if link.theirs in self.transposed:
+            values = values.t()
         shape = self._part_shape(link)
         rows = values[link.start : link.start + shape[0]].reshape(shape)
         return rows if link.factor == 1 else rows / link.factor

@@ -78,9 +78,14 @@ class LightBulbForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         """Logits ``[batch, length, vocab]`` of ``input_ids [batch, length]``, and the loss of labels if there are any.
 
         Padding and text see each other no more than two documents do.
+
+        Raises:
+            ValueError: padding before the text of a model with learned positions.
         """
         documents = None
         if attention_mask is not None and not bool(attention_mask.all()):
+            if self.model.config.learned_positions and not bool(attention_mask[:, 0].all()):
+                raise ValueError("learned positions begin at the first token; set the tokenizer's padding_side: right")
             documents = attention_mask.long().diff(dim=1, prepend=attention_mask[:, :1]).abs().cumsum(1)
         logits = self.model(input_ids, document_ids=documents).contiguous()
         loss = None

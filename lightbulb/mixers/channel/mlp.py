@@ -1,6 +1,8 @@
 """Feed-forward layer: SwiGLU (Shazeer 2020, arXiv:2002.05202), or ungated with GELU (Hendrycks and Gimpel 2016,
 arXiv:1606.08415) or squared ReLU (So et al. 2021, arXiv:2109.08668)."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
@@ -17,6 +19,11 @@ from lightbulb.nn.noise import RowDropout
 from lightbulb.nn.parameter import Init
 from lightbulb.registry import register
 
+UNGATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh"), "squared_relu": squared_relu
+}  # fmt: skip
+"""What is between the two matrices of a layer without a gate."""
+
 
 @register("channel_mixer", "mlp")
 class MLPConfig(ChannelMixerConfig):
@@ -30,8 +37,11 @@ class MLPConfig(ChannelMixerConfig):
     type: Literal["mlp"] = "mlp"
     hidden_dim: int = Field(ge=1)
     """Width of the hidden layer."""
-    activation: Literal["swiglu", "gelu", "squared_relu"] = "swiglu"
-    """What makes the layer nonlinear: "swiglu" has three matrices, of which one gates; the others have two."""
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "squared_relu"] = "swiglu"
+    """What makes the layer nonlinear: "swiglu" has three matrices, of which one gates; the others have two. "gelu_tanh"
+    is GELU's approximation by a tanh, as in GPT-2."""
+    bias: bool = False
+    """Every matrix has a bias."""
 
     @property
     def num_matrices(self) -> int:
@@ -42,13 +52,14 @@ class MLPConfig(ChannelMixerConfig):
         return MLP(self, dim, init)
 
     def build_experts(self, num_experts: int, dim: int, init: Init) -> nn.Module:
-        if self.activation == "swiglu":
+        if self.activation == "swiglu" and not self.bias:
             return SwiGLUExperts(num_experts, dim, self.hidden_dim, init)
         return super().build_experts(num_experts, dim, init)
 
     def cost(self, dim: int) -> Cost:
-        params = self.num_matrices * dim * self.hidden_dim
-        return Cost(params, params, 2.0 * params)
+        matrices = self.num_matrices * dim * self.hidden_dim
+        params = matrices + ((self.num_matrices - 1) * self.hidden_dim + dim if self.bias else 0)
+        return Cost(params, params, 2.0 * matrices)
 
     def check_tensor_parallel(self, degree: int) -> None:
         check_split("hidden_dim", self.hidden_dim, degree)
@@ -62,9 +73,9 @@ class MLP(ChannelMixer):
         self.activation = config.activation
         self.axis = tensor_axis()
         if config.activation == "swiglu":
-            self.gate = ColumnParallelLinear(dim, config.hidden_dim, init.std)
-        self.up = ColumnParallelLinear(dim, config.hidden_dim, init.std)
-        self.down = RowParallelLinear(config.hidden_dim, dim, init.output_std)
+            self.gate = ColumnParallelLinear(dim, config.hidden_dim, init.std, bias=config.bias)
+        self.up = ColumnParallelLinear(dim, config.hidden_dim, init.std, bias=config.bias)
+        self.down = RowParallelLinear(config.hidden_dim, dim, init.output_std, bias=config.bias)
 
     def forward(
         self, x: Tensor, context: Context, state: DecodeState | None = None
@@ -74,7 +85,7 @@ class MLP(ChannelMixer):
     def _hidden(self, x: Tensor) -> Tensor:
         if self.activation == "swiglu":
             return swiglu(self.gate(x), self.up(x))
-        return gelu(self.up(x)) if self.activation == "gelu" else squared_relu(self.up(x))
+        return UNGATED[self.activation](self.up(x))
 
 
 class SwiGLUExperts(nn.Module):

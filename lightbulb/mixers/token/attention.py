@@ -17,7 +17,7 @@ from torch import Tensor
 from lightbulb.config import Cost
 from lightbulb.mixers.base import Context, DecodeState, Facts
 from lightbulb.mixers.token import visibility
-from lightbulb.mixers.token.heads import HeadsConfig, HeadsMixer
+from lightbulb.mixers.token.heads import Biases, HeadsConfig, HeadsMixer
 from lightbulb.nn.attention import attend
 from lightbulb.nn.attention_backend import Backend, whole_attention
 from lightbulb.nn.attention_mask import Rule, Visibility
@@ -47,6 +47,8 @@ class AttentionConfig(HeadsConfig):
     keeps_gaps: ClassVar[bool] = True
     masks_gists: ClassVar[bool] = True
     type: Literal["attention"] = "attention"
+    bias: Biases = "none"
+    """Projections with biases: ``none``, those of queries, keys and values (``qkv``), or ``all`` with the output's."""
     qk_norm: bool = False
     """Normalise queries and keys before the rotation."""
     qk_norm_over: Literal["head", "all_heads"] = "head"
@@ -126,13 +128,18 @@ class AttentionConfig(HeadsConfig):
         norms = normed * width if self.qk_norm else 0
         sinks = self.num_heads if self.sink == "learned" else 0
         relative = 2 * (self.relative_positions or 0)
-        params = matrices + norms + sinks + relative * dim
+        params = matrices + norms + sinks + relative * dim + self._biases(dim)
         # Scores and weighted values, of visible pairs only: kernels form more of them and hide the rest.
         attended = 4.0 * self.num_heads * width * self.rule.mean_seen(context_length)
         # Each query and each key by every relative position, which are projected once for a context.
         by_position = 4.0 * self.num_heads * width * relative
         projected = 2.0 * dim * width * (self.num_heads + self.kv_heads) * relative / context_length
         return Cost(params, params, 2.0 * matrices + attended + by_position + projected)
+
+    def _biases(self, dim: int) -> int:
+        """Parameters of the biases."""
+        heads = 0 if self.bias == "none" else self.num_heads + 2 * self.kv_heads
+        return heads * self.width(dim) + (dim if self.bias == "all" else 0)
 
     def check_gaps(self) -> None:
         if self.backend in ("flash", "tiles"):
@@ -143,7 +150,7 @@ class Attention(HeadsMixer):
     """``softmax(q k^T / sqrt(width)) v`` over what each token may see, heads local to the tensor rank."""
 
     def __init__(self, config: AttentionConfig, dim: int, init: Init):
-        super().__init__(config, dim, init)
+        super().__init__(config, dim, init, bias=config.bias)
         self.config = config
         self.norms_heads = config.qk_norm and config.qk_norm_over == "head"
         if self.norms_heads:

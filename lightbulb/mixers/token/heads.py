@@ -1,6 +1,7 @@
 """What mixers with heads share: the fields that shape the heads, their projections, and how heads are split."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -10,6 +11,9 @@ from lightbulb.nn.groups import Axis, enter_tensor_region, tensor_axis, ulysses_
 from lightbulb.nn.linear import ColumnParallelLinear, RowParallelLinear
 from lightbulb.nn.parameter import Init
 from lightbulb.nn.ulysses import scatter_heads
+
+Biases = Literal["none", "qkv", "all"]
+"""Which projections have biases: none, those to heads, or the output's too."""
 
 
 class HeadsConfig(TokenMixerConfig):
@@ -64,19 +68,21 @@ class HeadsMixer(TokenMixer):
         dim: model width.
         init: initial standard deviations.
         has_keys: False where keys are made of queries.
+        bias: which projections have biases.
     """
 
-    def __init__(self, config: HeadsConfig, dim: int, init: Init, has_keys: bool = True):
+    def __init__(self, config: HeadsConfig, dim: int, init: Init, has_keys: bool = True, bias: Biases = "none"):
         super().__init__()
         self.axis = tensor_axis()
         self.ulysses = ulysses_axis()
         self.width = config.width(dim)
         self.kv_heads = config.kv_heads // self.axis.size
-        self.query = ColumnParallelLinear(dim, config.num_heads * self.width, init.std)
+        queries, keys, has_bias = config.num_heads * self.width, config.kv_heads * self.width, bias != "none"
+        self.query = ColumnParallelLinear(dim, queries, init.std, bias=has_bias)
         if has_keys:
-            self.key = ColumnParallelLinear(dim, config.kv_heads * self.width, init.std)
-        self.value = ColumnParallelLinear(dim, config.kv_heads * self.width, init.std)
-        self.output = RowParallelLinear(config.num_heads * self.width, dim, init.output_std)
+            self.key = ColumnParallelLinear(dim, keys, init.std, bias=has_bias)
+        self.value = ColumnParallelLinear(dim, keys, init.std, bias=has_bias)
+        self.output = RowParallelLinear(queries, dim, init.output_std, bias=bias == "all")
 
     def project(self, x: Tensor) -> list[Tensor]:
         """Queries, keys (if there are any) and values ``[length, batch, heads, width]`` of ``x [rows, batch, dim]``:
