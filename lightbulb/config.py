@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, SerializationInfo, ValidationError, model_validator
 from pydantic_core import core_schema
 
 from lightbulb.registry import lookup, names, nearest
@@ -101,10 +101,14 @@ class Registered:
         except ValidationError as error:
             raise _PartError(error) from error
 
+    def _written(self, part: Any, info: SerializationInfo) -> dict[str, Any]:
+        """A part as a mapping, which always says its type."""
+        return {"type": part.type} | part.model_dump(mode="json", exclude_defaults=info.exclude_defaults)
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
             self._validate,
-            serialization=core_schema.plain_serializer_function_ser_schema(lambda part: part.model_dump(mode="json")),
+            serialization=core_schema.plain_serializer_function_ser_schema(self._written, info_arg=True),
         )
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ earlier setting made is never overwritten: it is moved into ``FOLDER/replaced/``
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -44,6 +44,8 @@ class Stage:
         paths: files and folders that it alone writes; they are moved away together when it is redone.
         work: does it, or goes on with what is there.
         digest: hash of its output; None as long as that is not complete.
+        defaults: paths of the settings that have their default: one that a record has not came with a later version,
+            and is no change.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Stage:
     paths: Sequence[Path]
     work: Callable[[], None]
     digest: Callable[[], str | None]
+    defaults: Set[str] = frozenset()
 
 
 class Record(BaseModel):
@@ -109,7 +112,7 @@ class _Chain:
         """Bring one stage to its end."""
         wanted = Record(settings=_plain_flat(stage.settings), inputs={n: self._output(n) for n in stage.needs})
         before, found = self._read(stage), stage.digest()
-        why = "" if before is None else changes(before, wanted)
+        why = "" if before is None else changes(before, wanted, stage.defaults)
         head = f"{place} {stage.name:<{self._width}}"
         if before is not None and not why and before.output is not None and before.output == found:
             self._console.print(f"{head}  done already ({duration(before.seconds)}, {before.finished})")
@@ -196,12 +199,13 @@ def read_record(path: Path) -> Record | None:
         raise StageError(f"{path}: {describe(error)[0]:.200}; remove it and its stage's output to redo it") from None
 
 
-def changes(before: Record, now: Record) -> str:
-    """What is different, in a line; a setting that is new and not set is no difference."""
+def changes(before: Record, now: Record, defaults: Set[str] = frozenset()) -> str:
+    """What is different, in a line; a setting that is new and has its default, or is not set, is no difference."""
+    old, new = before.settings, now.settings
     found = [
-        f"{key} was {_shown(before.settings.get(key))}, is {_shown(now.settings.get(key))}"
-        for key in sorted(before.settings.keys() | now.settings.keys())
-        if before.settings.get(key) != now.settings.get(key)
+        f"{key} was {_shown(old.get(key))}, is {_shown(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not (key in defaults and _is_unknown_to(old, key))
     ]
     found += [
         f"{name} was redone" for name in sorted(now.inputs) if before.inputs.get(name) != now.inputs[name]
@@ -209,6 +213,17 @@ def changes(before: Record, now: Record) -> str:
     found += [f"{name} is no input any more" for name in sorted(before.inputs.keys() - now.inputs.keys())]
     more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
     return "; ".join(found[:MAX_NAMED]) + more
+
+
+def _is_unknown_to(settings: Mapping[str, Any], key: str) -> bool:
+    """Whether a setting was unknown when these were recorded: it is not among them, no section that it is in was off,
+    and all items of lists that it is in were there."""
+    names = key.split(".")
+    above = [".".join(names[:length]) for length in range(1, len(names) + 1)]
+    items = [path for path in above if path.rpartition(".")[2].isdigit()]
+    return not any(path in settings for path in above) and all(
+        any(known.startswith(f"{item}.") for known in settings) for item in items
+    )
 
 
 def file_digest(*paths: Path) -> str | None:

@@ -16,7 +16,7 @@
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def _prepare(plan: Plan) -> Stage:
 
     settings = _settings(config, FREE_OF_CORPUS)
     title = f"{config.output}, in {plan.recipe.num_clusters} clusters"
-    return Stage("prepare", title, settings, (), (config.output,) if is_own else (), work, digest)
+    return Stage("prepare", title, settings, (), (config.output,) if is_own else (), work, digest, _defaults(config))
 
 
 def _training(plan: Plan, training: Training, needs: Sequence[str], after: Training | None = None) -> Stage:
@@ -123,7 +123,7 @@ def _training(plan: Plan, training: Training, needs: Sequence[str], after: Train
         return run_digest(folder, config.train.steps)
 
     title = f"{folder}: {training.steps:,} steps, {training.tokens / 1e6:,.2f} M tokens"
-    return Stage(training.name, title, run_settings(config), needs, (folder,), work, digest)
+    return Stage(training.name, title, run_settings(config), needs, (folder,), work, digest, _defaults(config))
 
 
 def _check_hostfiles(plan: Plan) -> None:
@@ -163,7 +163,9 @@ def _branch(plan: Plan) -> Stage:
         return None if None in found else sha256("".join(map(str, found)).encode()).hexdigest()
 
     title = f"{training.runs} runs of {training.steps:,} steps, {training.tokens / 1e6:,.2f} M tokens together"
-    return Stage("branch", title, branch_settings(config), ("prepare", "seed"), (config.run,), work, digest)
+    return Stage(
+        "branch", title, branch_settings(config), ("prepare", "seed"), (config.run,), work, digest, _defaults(config)
+    )
 
 
 def _mix(plan: Plan) -> Stage:
@@ -173,16 +175,17 @@ def _mix(plan: Plan) -> Stage:
         return file_digest(step_folder(config.run, 0) / MANIFEST)
 
     title = f"{config.run}: {config.method}, {config.experts} experts"
-    settings = _settings(config, FREE_OF_MIXTURES)
-    return Stage("mix", title, settings, ("branch",), (config.run,), lambda: _done(upcycle(config)), digest)
+    settings, work = _settings(config, FREE_OF_MIXTURES), lambda: _done(upcycle(config))
+    return Stage("mix", title, settings, ("branch",), (config.run,), work, digest, _defaults(config))
 
 
 def _evaluate(plan: Plan) -> Stage:
-    out = plan.recipe.run / EVALUATION
-    arms = ["seed", "branch", "decay", *(["dense"] if plan.recipe.baselines.dense else [])]
+    out, baselines = plan.recipe.run / EVALUATION, plan.recipe.baselines
+    arms = ["seed", "branch", "decay", *(["dense"] if baselines.dense else [])]
     return Stage(
-        "evaluate", f"held-out text of {plan.recipe.corpus.output}", _settings(plan.recipe.baselines, set()),
+        "evaluate", f"held-out text of {plan.recipe.corpus.output}", _settings(baselines, set()),
         ("prepare", *arms), (out,), lambda: evaluate_arms(plan, out), lambda: file_digest(out / ARMS),
+        _defaults(baselines),
     )  # fmt: skip
 
 
@@ -214,6 +217,12 @@ def run_digest(run: Path, steps: int) -> str | None:
     except (OSError, ValueError, KeyError):
         return None
     return file_digest(step_folder(run, steps) / MANIFEST) if done == steps else None
+
+
+def _defaults(config: Config) -> Set[str]:
+    """Paths of the settings that have their default."""
+    whole, given = (config.model_dump(mode="json", exclude_defaults=exclude) for exclude in (False, True))
+    return flatten(whole).keys() - flatten(given).keys()
 
 
 def _settings(config: Config, free: set[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import orjson
 import pytest
 
 from lightbulb.folder import FolderError, FolderInUse, claim
-from lightbulb.recipes.engine import Stage, StageError, changes, duration, file_digest, read_record, run_stages
+from lightbulb.recipes.engine import Record, Stage, StageError, changes, duration, file_digest, read_record, run_stages
 
 
 class Kitchen:
@@ -166,6 +166,24 @@ def test_a_setting_that_a_newer_version_has_and_nobody_sets_redoes_nothing(kitch
     assert kitchen.cook() == []
     kitchen.settings["b"] = {"y": {"z": 2, "new": 0}}
     assert kitchen.cook() == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_change"),
+    [
+        ({"y.z": 2}, {"y.z": 2, "y.new": 0}, False),
+        ({"y.z": 2}, {"y.z": 2, "section.new": 0}, False),
+        ({"y.z": 2}, {"y.z": 2, "other": 0}, True),  # is not at its default
+        ({"y.new": 1}, {"y.new": 0}, True),  # was known
+        ({"section": None}, {"section.new": 0}, True),  # a section that was off is on, with its defaults
+        ({"list.0.a": 1}, {"list.0.a": 1, "list.0.new": 0}, False),
+        ({"list.0.a": 1}, {"list.0.a": 1, "list.1.new": 0}, True),  # another item
+    ],
+)
+def test_a_setting_of_a_newer_version_at_its_default_is_no_change(before, now, is_change):
+    defaults = {"y.new", "section.new", "list.0.new", "list.1.new"}
+    found = changes(Record(settings=before, inputs={}), Record(settings=now, inputs={}), defaults)
+    assert bool(found) == is_change
 
 
 def test_what_was_replaced_may_be_renamed_and_removed(kitchen):

@@ -10,7 +10,9 @@ from lightbulb.config import ConfigError, read_yaml
 from lightbulb.launcher.cli import COMMANDS
 from lightbulb.recipes.config import load_recipe
 from lightbulb.recipes.cost_table import Machine, cost_table, short, size
+from lightbulb.recipes.engine import Record, changes
 from lightbulb.recipes.plan import Plan, flops_per_token, tokens_per_step
+from lightbulb.recipes.stages import stages_of
 from lightbulb.train.schedule import decay_start, learning_rate_factor
 
 EXPERTS = Path(__file__).parents[2] / "configs" / "experts"
@@ -200,6 +202,14 @@ def test_the_table_of_costs(path):
     assert float(cells[-1][seed].replace(",", "")) == pytest.approx(hours, rel=1e-3)
     assert cells[7][seed] == size(12 * made.seed.config.model.cost().params)
     assert cells[5][cells[0].index("mix")] == short(made.tune.config.model.cost().params)
+
+
+@pytest.mark.parametrize("missing", ["model.norm", "model.block_pattern.0.token.bias", "train.trainable"])
+def test_a_seed_of_an_older_version_is_not_trained_again(missing):
+    stage = next(stage for stage in stages_of(plan()) if stage.name == "seed")
+    now = Record(settings=stage.settings, inputs={})
+    older = Record(settings={key: value for key, value in stage.settings.items() if key != missing}, inputs={})
+    assert missing in stage.settings and changes(older, now) and not changes(older, now, stage.defaults)
 
 
 def test_units():
