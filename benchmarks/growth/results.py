@@ -184,32 +184,50 @@ def draw_differences(results: Mapping[str, Settings], path: Path) -> None:
 
 
 def draw_communication(results: Mapping[str, Settings], path: Path) -> None:
-    """What each worker sends against the difference, for branches that share their trunk and for what they compete
-    with."""
+    """What each worker sends against the difference, for shares of the budget in branches that meet or do not, and for
+    what they compete with."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    shared = families_of_shares()
     families = {
-        "branches sharing their trunk, then BTX": (*(f"sync_{every}" for every in SYNC_EVERY), "btx_centroid"),
-        "sparse upcycling": ("sparse", "sparse_centroid"),
-        "drop-upcycling": ("drop", "drop_centroid"),
-        "c-BTM, likelihood posterior": ("cbtm_ensemble",),
+        "BTX, branches never meet": (*shared["BTX"].values(), "o-"),
+        f"BTX, trunk synchronised every {SYNC_EVERY[1]} steps": (*shared["trunk synchronised"].values(), "s--"),
+        "sparse upcycling": ("sparse", "sparse_centroid", "^"),
+        "drop-upcycling": ("drop", "drop_centroid", "v"),
+        "c-BTM, likelihood posterior": ("cbtm_ensemble", "D"),
     }
-    for number, (label, names) in enumerate(families.items()):
+    for label, (*names, style) in families.items():
         found = [results[n] for n in names if n in results and results[n]["mean_difference"] is not None]
-        found.sort(key=lambda record: record["megabytes_sent"])
-        x, y = ([record[key] for record in found] for key in ("megabytes_sent", "mean_difference"))
-        axes.errorbar(
-            x, y, [record["spread"] for record in found], fmt="o-" if number == 0 else "s", capsize=3, label=label
-        )
-        for record in found if number == 0 else []:
-            short = record["label"].removeprefix("trunk synchronised ").removesuffix(", centroid router")
-            axes.annotate(short, (record["megabytes_sent"], record["mean_difference"]), fontsize=7, xytext=(4, 4),
-                          textcoords="offset points")  # fmt: skip
+        if found:
+            x, y, error = ([record[key] for record in found] for key in ("megabytes_sent", "mean_difference", "spread"))
+            axes.errorbar(x, y, error, fmt=style, capsize=3, label=label)
+    for share, name in shared["BTX"].items():
+        if name in results and results[name]["mean_difference"] is not None:
+            place = results[name]["megabytes_sent"], results[name]["mean_difference"]
+            axes.annotate(
+                f"{share:.0%} in branches",
+                place,
+                fontsize=8,
+                xytext=(-8, -4),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+            )
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("MB sent by each of five workers after the seed")
     axes.set_ylabel("bits/byte less continued dense's")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     _save(figure, path)
+
+
+def families_of_shares() -> dict[str, dict[float, str]]:
+    """Arms by the share of the budget in branches."""
+    whole, sync = Tuned().branch_share, f"sync_{SYNC_EVERY[1]}"
+    return {
+        "BTX": {share: f"btx_share_{share}" for share in BRANCH_SHARES} | {whole: "btx_centroid"},
+        "trunk synchronised": {share: f"{sync}_share_{share}" for share in BRANCH_SHARES} | {whole: sync},
+        "BTX of feed-forward layers only": {share: f"btx_ffn_{share}" for share in (*BRANCH_SHARES, whole)},
+    }
 
 
 def draw_seed_lengths(results: Mapping[str, Settings], lengths: Mapping[str, float], path: Path) -> None:
@@ -237,15 +255,8 @@ def draw_seed_lengths(results: Mapping[str, Settings], lengths: Mapping[str, flo
 def draw_shares(results: Mapping[str, Settings], path: Path) -> None:
     """Differences to continued dense against the share of the budget in branches; none in branches is copies."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    whole = Tuned().branch_share
-    families = {
-        "BTX": {share: f"btx_share_{share}" for share in BRANCH_SHARES} | {whole: "btx_centroid"},
-        "trunk synchronised": {s: f"sync_{SYNC_EVERY[1]}_share_{s}" for s in BRANCH_SHARES}
-        | {whole: f"sync_{SYNC_EVERY[1]}"},
-        "BTX of feed-forward layers only": {share: f"btx_ffn_{share}" for share in (*BRANCH_SHARES, whole)},
-    }
     for prefix, style in (("", "o-"), ("long.", "s--")):
-        for number, (label, names) in enumerate(families.items()):
+        for number, (label, names) in enumerate(families_of_shares().items()):
             points = [
                 (share, results[prefix + name])
                 for share, name in ({0.0: "sparse_centroid"} | names).items()

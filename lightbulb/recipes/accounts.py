@@ -52,7 +52,7 @@ def summarise(plan: Plan, arms: dict[str, Any]) -> dict[str, Any]:
         "domain_bpb": {name: arm["domain_bpb"] for name, arm in arms.items()},
         "cluster_bpb": {name: arm["cluster_bpb"] for name, arm in arms.items()},
         "held_out": {key: arms[SEED][key] for key in ("tokens", "bytes")},
-        "seconds_by_stage": seconds_by_stage(plan.recipe.run),
+        "seconds_by_stage": seconds_by_stage(plan),
     }
 
 
@@ -76,9 +76,11 @@ def spent_by_stage(plan: Plan) -> dict[str, Spent]:
     return spent
 
 
-def seconds_by_stage(run: Path) -> dict[str, float]:
-    """Time spent on each stage that is done, in the order in which they were."""
-    records = {path.stem: read_record(path) for path in (run / STAGES).glob("*.json")}
+def seconds_by_stage(plan: Plan) -> dict[str, float]:
+    """Time spent on each stage that is done, in the order in which they were; not on one that is switched off since."""
+    is_off = set() if plan.recipe.baselines.dense else {plan.dense.name}
+    paths = (path for path in (plan.recipe.run / STAGES).glob("*.json") if path.stem not in is_off)
+    records = {path.stem: read_record(path) for path in paths}
     done = sorted(
         (record.finished, name, record.seconds) for name, record in records.items() if record and record.finished
     )
