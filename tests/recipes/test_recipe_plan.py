@@ -8,6 +8,7 @@ import yaml
 
 from lightbulb.config import ConfigError, read_yaml
 from lightbulb.launcher.cli import COMMANDS
+from lightbulb.recipes.accounts import seconds_by_stage
 from lightbulb.recipes.config import load_recipe
 from lightbulb.recipes.cost_table import Machine, cost_table, short, size
 from lightbulb.recipes.engine import Record, changes
@@ -110,7 +111,7 @@ def test_moments_of_the_mixture_are_taken_where_it_keeps_them(moments):
 
 
 def test_a_seed_that_goes_on_from_another_run():
-    made = plan("seed.start_from=runs/other", "seed.start_from_moments=true")
+    made = plan("seed.start_from=runs/other", "seed.start_from_moments=true", "mix.moments=zero")
     made.check()
     assert made.seed.config.start_from_moments
     for training in (made.branch, made.tune, made.decay, made.dense):
@@ -210,6 +211,15 @@ def test_a_seed_of_an_older_version_is_not_trained_again(missing):
     now = Record(settings=stage.settings, inputs={})
     older = Record(settings={key: value for key, value in stage.settings.items() if key != missing}, inputs={})
     assert missing in stage.settings and changes(older, now) and not changes(older, now, stage.defaults)
+
+
+def test_times_are_of_stages_that_are_on(tmp_path):
+    (tmp_path / "stages").mkdir()
+    for name in ("seed", "dense"):
+        record = Record(settings={}, inputs={}, output="0", seconds=2.0, finished=f"2026-01-01 {len(name)}")
+        (tmp_path / f"stages/{name}.json").write_text(record.model_dump_json())
+    assert seconds_by_stage(plan(f"run={tmp_path}")) == {"seed": 2.0, "dense": 2.0}
+    assert seconds_by_stage(plan(f"run={tmp_path}", "baselines.dense=false")) == {"seed": 2.0}
 
 
 def test_units():
