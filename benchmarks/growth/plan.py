@@ -27,6 +27,9 @@ BRANCH_SHARES = (0.05, 0.15)
 FEED_FORWARD = ["blocks.*.channel.*"]
 """What a branch trains that leaves its trunk as it is in the seed."""
 
+DILOCO: Mapping[str, float] = {"lr": 0.7, "momentum": 0.9}
+"""Outer optimizer of "DiLoCo" (2023, arXiv:2311.08105), besides the plain mean of the branches."""
+
 Settings = dict[str, Any]
 
 
@@ -250,11 +253,13 @@ class Plan:
             self._upcycled("btx_moa", "BTX + MoA, centroid router", runs, runs, "btx+moa", "centroid")
 
     def _shares(self, prefix: str, seed: str) -> None:
-        """Less of the budget in branches."""
+        """Less of the budget in branches, and an outer optimizer with momentum."""
         for share in BRANCH_SHARES:
             runs = self._branches(f"{prefix}share_{share}", seed, share, _clusters(), decay=0.0)
             self._mixed(f"{prefix}btx_share_{share}", f"BTX, {_branches_of(share)}{_of_seed(prefix)}", runs, prefix)
             self._synced(prefix, seed, SYNC_EVERY[1:2], share)
+            self._synced(prefix, seed, SYNC_EVERY[1:2], share, "diloco")
+        self._synced(prefix, seed, SYNC_EVERY[1:2], self.tuned.branch_share, "diloco")
 
     def _feed_forward(self) -> None:
         """Branches whose trunks are equal because none is trained; what that saves is not taken off their FLOPs."""
@@ -266,10 +271,14 @@ class Plan:
         """Branches as experts, with routers from centroids."""
         self._upcycled(name, label, runs, runs, "btx", "centroid", baseline=prefix + BASELINE)
 
-    def _synced(self, prefix: str, seed: str, every: Sequence[int], share: float | None = None) -> None:
+    def _synced(
+        self, prefix: str, seed: str, every: Sequence[int], share: float | None = None, outer: str = "sync"
+    ) -> None:
         """Branches that share their trunk every so many steps, then become experts; of another share of the budget."""
         suffix = "" if share is None else f"_share_{share}"
         part = "centroid router" if share is None else _branches_of(share)
+        tuned = {"lr": self.tuned.outer_lr, "momentum": self.tuned.outer_momentum}
+        meeting = "synchronised" if outer == "sync" else "synchronised by DiLoCo"
         rows, share = self.tuned.branch_rows, self.tuned.branch_share if share is None else share
         steps = self.scale.steps(share * self.budget / CLUSTERS, self.dense, rows)
         for count in every:
@@ -278,15 +287,15 @@ class Plan:
                 "steps": steps,
                 "lr": self.tuned.branch_lr,
                 "schedule": {"warmup": 0.0, "decay": 0.0},
-                "sync": {"every": count, "lr": self.tuned.outer_lr, "momentum": self.tuned.outer_momentum},
+                "sync": {"every": count} | (tuned if outer == "sync" else dict(DILOCO)),
                 "order": 1,
                 "rows": rows,
             }
-            name = f"{prefix}sync_{count}{suffix}"
+            name = f"{prefix}{outer}_{count}{suffix}"
             flops = CLUSTERS * self.scale.flops(steps, self.dense, rows)
             self._add(Task(f"{name}/branches", "sync", settings, (seed,), flops))
             runs = [f"{name}/branches:{number}" for number in range(CLUSTERS)]
-            label = f"trunk synchronised every {count} steps, {part}{_of_seed(prefix)}"
+            label = f"trunk {meeting} every {count} steps, {part}{_of_seed(prefix)}"
             needs = (f"{name}/branches",)
             self._upcycled(name, label, runs, needs, "btx", "centroid", baseline=prefix + BASELINE)
 

@@ -104,7 +104,8 @@ def crossing(results: Mapping[str, Settings], plan: Plan, prefix: str = "") -> s
     ours = {
         name: record
         for name, record in results.items()
-        if name.startswith((f"{prefix}sync_", f"{prefix}btx")) and record["mean_difference"] is not None
+        if name.startswith((f"{prefix}sync_", f"{prefix}diloco_", f"{prefix}btx"))
+        and record["mean_difference"] is not None
     }
     if sparse is None or not ours:
         return "Communication is not compared: it takes sparse upcycling and branches."
@@ -191,6 +192,7 @@ def draw_communication(results: Mapping[str, Settings], path: Path) -> None:
     families = {
         "BTX, branches never meet": (*shared["BTX"].values(), "o-"),
         f"BTX, trunk synchronised every {SYNC_EVERY[1]} steps": (*shared["trunk synchronised"].values(), "s--"),
+        "the same by DiLoCo": (*shared["trunk synchronised by DiLoCo"].values(), "P-."),
         "sparse upcycling": ("sparse", "sparse_centroid", "^"),
         "drop-upcycling": ("drop", "drop_centroid", "v"),
         "c-BTM, likelihood posterior": ("cbtm_ensemble", "D"),
@@ -222,10 +224,11 @@ def draw_communication(results: Mapping[str, Settings], path: Path) -> None:
 
 def families_of_shares() -> dict[str, dict[float, str]]:
     """Arms by the share of the budget in branches."""
-    whole, sync = Tuned().branch_share, f"sync_{SYNC_EVERY[1]}"
+    whole, sync, diloco = Tuned().branch_share, f"sync_{SYNC_EVERY[1]}", f"diloco_{SYNC_EVERY[1]}"
     return {
         "BTX": {share: f"btx_share_{share}" for share in BRANCH_SHARES} | {whole: "btx_centroid"},
         "trunk synchronised": {share: f"{sync}_share_{share}" for share in BRANCH_SHARES} | {whole: sync},
+        "trunk synchronised by DiLoCo": {share: f"{diloco}_share_{share}" for share in (*BRANCH_SHARES, whole)},
         "BTX of feed-forward layers only": {share: f"btx_ffn_{share}" for share in (*BRANCH_SHARES, whole)},
     }
 
