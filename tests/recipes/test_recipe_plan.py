@@ -125,7 +125,7 @@ def test_a_seed_that_goes_on_from_another_run():
         ("corpus.cluster=null", "corpus.cluster: there is one branch for each cluster"),
         ("corpus.cluster.num_clusters=1", "a mixture needs 2"),
         ("corpus.context_length=128", "seed.model.context_length 256 is not the corpus's 128"),
-        ("branch.share=0.8", r"branch.share 0.8 \+ decay.share 0.3 leave nothing for tune"),
+        ("branch.share=0.8", r"branch.share 0.8 \+ decay.share 0.4 leave nothing for tune"),
         ("seed.schedule.decay=0.1", "branches start before the decay; set 0"),
         ("seed.run=runs/other", "seed.run 'runs/other' follows from the recipe"),
         ("tune.train.steps=9", "tune: train.steps follows from the budget"),
