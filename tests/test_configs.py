@@ -117,6 +117,16 @@ def test_small_examples_go_on_from_each_others_runs_on_one_corpus():
         assert values.get("data", {}).get("path") in (None, str(branch.corpus)), path
 
 
+def test_the_large_mixture_is_made_of_what_its_recipe_leaves():
+    mixture = load_upcycle_config(EXPERTS / "voltron-13b-cbtx.yaml")
+    recipe = load_recipe(EXPERTS / "voltron-13b-recipe.yaml")
+    folders = [recipe.run / "branches" / f"branch-{number}" for number in range(recipe.corpus.cluster.num_clusters)]
+    assert [source.path for source in mixture.sources] == folders
+    assert (mixture.seed_model, mixture.data.path) == (recipe.run / "seed", recipe.run / "corpus")
+    written = read_values(EXPERTS / "voltron-13b-cbtx.yaml")
+    assert {key: written[key] for key in recipe.mix} == recipe.mix
+
+
 def test_the_cost_of_the_large_mixture_is_the_one_in_its_file():
     path = EXPERTS / "voltron-13b-cbtx.yaml"
     seed = load_config(RunConfig, EXPERTS.parent / "pretrain/voltron-13b.yaml").model

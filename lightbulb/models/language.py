@@ -199,10 +199,9 @@ class LanguageConfig(Config):
     def check_parallel(self, degrees: "Degrees") -> None:
         """Raise ValueError, naming field, value and fix, when the model cannot be split that way."""
         tensor, ulysses, expert = degrees.tensor, degrees.ulysses, degrees.expert
-        if self.vocab_size % tensor:
+        if self.vocab_size < tensor:
             raise ValueError(
-                f"model.vocab_size {self.vocab_size} cannot be split over parallel.tensor {tensor}; "
-                f"raise it to {math.ceil(self.vocab_size / tensor) * tensor} (unused ids are harmless)"
+                f"model.vocab_size {self.vocab_size} has no row for each rank of parallel.tensor {tensor}; lower that"
             )
         if self.num_layers < degrees.stages:
             raise ValueError(
@@ -292,8 +291,8 @@ class LanguageModel(nn.Module):
                 # A copy of the first stage's table: its gradient is added to the original's, its norm not counted.
                 self.embedding.weight.shared = True  # type: ignore[attr-defined]
             if not config.tie_embeddings:
-                logical = Logical((config.vocab_size, config.dim), std, tensor_dim=0, tensor=self.axis)
-                self.head = make_parameter(logical)
+                shape = (config.vocab_size, config.dim)
+                self.head = make_parameter(Logical(shape, std, tensor_dim=0, is_vocab=True, tensor=self.axis))
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
         """Give a later pipeline stage the hidden states of the one before."""
@@ -360,11 +359,12 @@ class LanguageModel(nn.Module):
         labels = self.my_positions(labels)
         z_loss = self.config.z_loss if self.training else 0.0
         head = enter_tensor_region(x, self.axis).flatten(0, 1), self.head_weight(), labels.t().flatten()
+        first = self.axis.part(self.config.vocab_size).start
         if targets is None:
-            losses = linear_cross_entropy(*head, self.axis, z_loss)
+            losses = linear_cross_entropy(*head, self.axis, first, z_loss)
         else:
             targets = targets.mapped(lambda part: self.my_positions(part).transpose(0, 1).flatten(0, 1))
-            losses, divergence = distilled_cross_entropy(*head, targets, self.axis, z_loss)
+            losses, divergence = distilled_cross_entropy(*head, targets, self.axis, first, z_loss)
             self.divergence = divergence.sum() + (0.0 if self.divergence is None else self.divergence)
         return losses.view(labels.shape[1], labels.shape[0]).t()
 
@@ -437,4 +437,4 @@ class LanguageModel(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = enter_tensor_region(x, self.axis) @ self.head_weight().t()
-        return gather_last_dim(logits.transpose(0, 1), self.axis).float()
+        return gather_last_dim(logits.transpose(0, 1), self.config.vocab_size, self.axis).float()

@@ -14,18 +14,20 @@ IGNORE = ops.IGNORE
 """Label of a position that is not predicted."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, axis: Axis, z_loss: float = 0.0) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, axis: Axis, first: int, z_loss: float = 0.0
+) -> Tensor:
     """Negative log-likelihood in nats, ``[tokens]`` float32, zero where the label is :data:`IGNORE`.
 
     Args:
         hidden: ``[tokens, dim]``, inside the tensor region (its gradient is this rank's share).
-        weight: ``[vocab / axis size, dim]``, this rank's rows of the head.
+        weight: ``[rows, dim]``, this rank's rows of the head.
         labels: ``[tokens]`` token ids, or :data:`IGNORE`.
         axis: the tensor axis.
+        first: token id of this rank's first row.
         z_loss: coefficient of the squared log-sum-exp of the logits, which is added.
     """
     combine = None if axis.group is None else partial(_combine, axis=axis)
-    first = axis.rank * len(weight)
     return ops.linear_cross_entropy(hidden, weight, labels, z_loss, first, combine, product_dtype(hidden))
 
 

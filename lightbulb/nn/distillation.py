@@ -26,26 +26,27 @@ _CHUNK_BYTES = 64 << 20
 
 
 def distilled_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, targets: SoftTargets, axis: Axis, z_loss: float = 0.0
+    hidden: Tensor, weight: Tensor, labels: Tensor, targets: SoftTargets, axis: Axis, first: int, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of the labels, with the gradient of the mixed loss; and the divergence, without one.
 
     Args:
         hidden: ``[tokens, dim]``, inside the tensor region.
-        weight: ``[vocab / axis size, dim]``, this rank's rows of the head.
+        weight: ``[rows, dim]``, this rank's rows of the head.
         labels: ``[tokens]`` token ids, or :data:`IGNORE`, whose positions have no target either.
         targets: ``[tokens, k]``.
         axis: the tensor axis.
+        first: token id of this rank's first row.
         z_loss: coefficient of the squared log-sum-exp of the logits.
 
     Returns:
         ``[tokens]`` each, in nats. The value of the first is the cross-entropy (and z-loss) alone, so that it compares
         with that of other runs.
     """
-    losses = linear_cross_entropy(hidden, weight, labels, axis)
+    losses = linear_cross_entropy(hidden, weight, labels, axis, first)
     ignored = labels == IGNORE
     ids = torch.cat([labels.masked_fill(ignored, 0)[:, None], targets.ids], dim=1)
-    logits = chosen_logits(hidden, weight, ids, axis)
+    logits = chosen_logits(hidden, weight, ids, axis, first)
     lse = losses + logits[:, 0]
     divergence = coarse_divergence(targets.probabilities, logits[:, 1:] - lse[:, None]).masked_fill(ignored, 0.0)
     share = targets.language_share
@@ -69,9 +70,10 @@ def coarse_divergence(probabilities: Tensor, log_probabilities: Tensor) -> Tenso
     return named + rest * (rest.log() - our_rest.log())
 
 
-def chosen_logits(hidden: Tensor, weight: Tensor, ids: Tensor, axis: Axis) -> Tensor:
-    """Logits ``[tokens, n]`` of the tokens ``ids [tokens, n]``, the same on all ranks of the tensor axis."""
-    column = ids - axis.rank * len(weight)
+def chosen_logits(hidden: Tensor, weight: Tensor, ids: Tensor, axis: Axis, first: int) -> Tensor:
+    """Logits ``[tokens, n]`` of the tokens ``ids [tokens, n]``, the same on all ranks of the tensor axis; ``first`` is
+    the id of this rank's first row."""
+    column = ids - first
     is_mine = (column >= 0) & (column < len(weight))
     logits = _ChosenLogits.apply(hidden, weight, column.clamp(0, len(weight) - 1), is_mine, product_dtype(hidden))
     return exit_tensor_region(logits, replace(axis, sequence=False))

@@ -11,7 +11,7 @@ class VocabParallelEmbedding(nn.Module):
     """Looks tokens up in a table whose rows are split over the tensor axis.
 
     Args:
-        vocab_size: rows of the logical table; divisible by the tensor degree.
+        vocab_size: rows of the logical table, at least one for each tensor rank.
         dim: width of a row.
         std: standard deviation of the initial rows.
     """
@@ -19,7 +19,8 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, vocab_size: int, dim: int, std: float):
         super().__init__()
         self.axis = tensor_axis()
-        self.weight = make_parameter(Logical((vocab_size, dim), std, tensor_dim=0, tensor=self.axis))
+        self.first = self.axis.part(vocab_size).start
+        self.weight = make_parameter(Logical((vocab_size, dim), std, tensor_dim=0, is_vocab=True, tensor=self.axis))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``tokens [batch, length]`` to ``[length, batch, dim]``, whole on every tensor rank."""
@@ -27,7 +28,7 @@ class VocabParallelEmbedding(nn.Module):
         if self.axis.group is None:
             return embedding(tokens, self.weight)
         rows = self.weight.shape[0]
-        local = tokens - self.axis.rank * rows
+        local = tokens - self.first
         mine = (local >= 0) & (local < rows)
         found = embedding(local.clamp(0, rows - 1), self.weight) * mine[..., None]
         return exit_tensor_region(found, self.axis)

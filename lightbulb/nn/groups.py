@@ -19,6 +19,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import mappings  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.distributed import ProcessGroup  # noqa: E402
+from torch.nn.functional import pad  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class Axis:
     size: int = 1
     sequence: bool = False
     inside: bool = False
+
+    def parts(self, size: int) -> list[slice]:
+        """Consecutive parts of ``size`` rows, one for each rank; they differ by one row at most."""
+        return [slice(size * rank // self.size, size * (rank + 1) // self.size) for rank in range(self.size)]
+
+    def part(self, size: int) -> slice:
+        """This rank's part of ``size`` rows."""
+        return self.parts(size)[self.rank]
 
 
 SINGLE = Axis()
@@ -158,13 +167,16 @@ def gather_positions(x: Tensor, axis: Axis) -> Tensor:
     return whole
 
 
-def gather_last_dim(x: Tensor, axis: Axis) -> Tensor:
-    """Concatenate the last dimension over the axis (no gradient): logits of a vocabulary split over ranks."""
+def gather_last_dim(x: Tensor, size: int, axis: Axis) -> Tensor:
+    """Concatenate the last dimension over the axis to ``size`` (no gradient): logits of a vocabulary split over
+    ranks."""
     if axis.group is None:
         return x
-    parts = [torch.empty_like(x) for _ in range(axis.size)]
-    torch.distributed.all_gather(parts, x.contiguous(), group=axis.group)
-    return torch.cat(parts, dim=-1)
+    widths = [part.stop - part.start for part in axis.parts(size)]
+    x = pad(x, (0, max(widths) - x.shape[-1])).contiguous()  # a gather's parts are equal
+    parts = [torch.empty_like(x) for _ in widths]
+    torch.distributed.all_gather(parts, x, group=axis.group)
+    return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
 
 class _SumOver(torch.autograd.Function):

@@ -66,6 +66,7 @@ class Logical:
         keep_fp32: stays in float32 when the model is cast to bfloat16.
         by_position: used outside tensor regions, so that under sequence parallelism each tensor rank's gradient covers
             its own positions only.
+        is_vocab: the split dimension counts token ids, of which ranks may hold unequal numbers.
     """
 
     shape: tuple[int, ...]
@@ -77,14 +78,16 @@ class Logical:
     fill: Fill | None = None
     keep_fp32: bool = False
     by_position: bool = False
+    is_vocab: bool = False
 
     def slices(self) -> tuple[slice, ...]:
         """The part of the logical tensor this rank holds."""
         parts = [slice(0, size) for size in self.shape]
         if self.is_expert:
-            parts[0] = _part(self.shape[0], self.expert)
+            parts[0] = _equal_part(self.shape[0], self.expert)
         if self.tensor_dim is not None:
-            parts[self.tensor_dim] = _part(self.shape[self.tensor_dim], self.tensor)
+            size = self.shape[self.tensor_dim]
+            parts[self.tensor_dim] = self.tensor.part(size) if self.is_vocab else _equal_part(size, self.tensor)
         return tuple(parts)
 
     def local_shape(self) -> tuple[int, ...]:
@@ -92,11 +95,10 @@ class Logical:
         return tuple(part.stop - part.start for part in self.slices())
 
 
-def _part(size: int, axis: Axis) -> slice:
+def _equal_part(size: int, axis: Axis) -> slice:
     if size % axis.size:
         raise ValueError(f"a dimension of {size} cannot be split over {axis.size} ranks; choose a divisor of {size}")
-    step = size // axis.size
-    return slice(axis.rank * step, (axis.rank + 1) * step)
+    return axis.part(size)
 
 
 def make_parameter(logical: Logical) -> nn.Parameter:

@@ -24,7 +24,7 @@ from lightbulb.train.manifest import TrainState, step_folder
 from lightbulb.train.save import Saver
 
 MODEL: dict[str, Any] = {
-    "vocab_size": 60,
+    "vocab_size": 61,
     "dim": 12,
     "num_layers": 2,
     "context_length": 12,

@@ -20,7 +20,7 @@ from lightbulb.parallel.workers import RankPool
 
 K = 5
 CONFIG = build_config(LanguageConfig, {
-    "vocab_size": 64, "dim": 16, "num_layers": 2, "context_length": 12, "z_loss": 1e-3,
+    "vocab_size": 61, "dim": 16, "num_layers": 2, "context_length": 12, "z_loss": 1e-3,
     "block_pattern": [{"token": {"type": "attention", "num_heads": 4}, "channel": {"type": "mlp", "hidden_dim": 32}}],
 })  # fmt: skip
 TRIAL = Trial(CONFIG, OptimizerConfig(lr=1e-2, eps=1e-5, weight_decay=0.0), 8, 3, 8)

@@ -20,12 +20,14 @@ from lightbulb.train.checkpoint import load_into, newest_checkpoint, start_from
 sys.path.append(str(Path(__file__).parent.parent / "experts"))
 from dense_runs import MODEL, make_run, make_warm_run, model_of  # noqa: E402
 
+ODD = MODEL | {"vocab_size": MODEL["vocab_size"] + 1}
+
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two branches as experts, of their attention too."""
     folder = tmp_path_factory.mktemp("mixture")
-    sources = [{"path": str(make_run(folder / name, MODEL, seed, 0.1))} for seed, name in enumerate("ab", 1)]
+    sources = [{"path": str(make_run(folder / name, ODD, seed, 0.1))} for seed, name in enumerate("ab", 1)]
     values = {"run": str(folder / "moe"), "method": "btx+moa", "sources": sources, "num_experts": 4}
     upcycle(build_config(UpcycleConfig, values))
     return folder / "moe"
@@ -68,11 +70,14 @@ def logits_on(rank: int, run: Path, parallel: ParallelConfig) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("expert", [1, 2, 4])
-def test_logits_do_not_depend_on_how_experts_are_spread(ranks: RankPool, mixture: Path, expert: int) -> None:
-    parallel = ParallelConfig(expert=expert, data=expert)
+@pytest.mark.parametrize("layout", [{"expert": 1}, {"expert": 2}, {"expert": 4}, {"tensor": 2}], ids=str)
+def test_logits_do_not_depend_on_how_the_model_is_spread(
+    ranks: RankPool, mixture: Path, layout: dict[str, int]
+) -> None:
+    parallel = ParallelConfig(**{"data": layout.get("expert", 1)} | layout)  # type: ignore[arg-type]
     expected = model_of(mixture)(global_batch(trial_of(mixture, parallel), 0).tokens)
-    for found in ranks.run(expert, logits_on, mixture, parallel):
+    assert expected.shape[-1] % 2 == 1  # tensor ranks hold unequal parts of the vocabulary
+    for found in ranks.run(max(layout.values()), logits_on, mixture, parallel):
         assert (found - expected).abs().max() < 1e-5
 
 

@@ -201,7 +201,7 @@ def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "degrees", "message"),
     [
-        ("dense", {"tensor": 3}, r"model.vocab_size 40 cannot be split over parallel.tensor 3; raise it to 42"),
+        ("dense", {"tensor": 41}, r"model.vocab_size 40 has no row for each rank of parallel.tensor 41; lower that"),
         (
             "dense",
             {"stages": 5},

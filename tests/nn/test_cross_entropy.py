@@ -42,7 +42,7 @@ def gradients(losses: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("vocab", [2, 13])
 def test_values_and_gradients(tokens: int, vocab: int) -> None:
     hidden, weight, labels = inputs(tokens, vocab)
-    wanted, found = naive(hidden, weight, labels), linear_cross_entropy(hidden, weight, labels, SINGLE)
+    wanted, found = naive(hidden, weight, labels), linear_cross_entropy(hidden, weight, labels, SINGLE, 0)
     assert torch.allclose(found, wanted, atol=1e-12)
     for ours, theirs in zip(gradients(found, hidden, weight), gradients(wanted, hidden, weight), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
@@ -50,19 +50,19 @@ def test_values_and_gradients(tokens: int, vocab: int) -> None:
 
 def test_gradients_agree_with_finite_differences() -> None:
     hidden, weight, labels = inputs(4)
-    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, SINGLE), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, SINGLE, 0), (hidden, weight))
 
 
 def test_ignored_positions_cost_nothing_and_teach_nothing() -> None:
     hidden, weight, labels = inputs(6)
-    losses = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE), SINGLE)
+    losses = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE), SINGLE, 0)
     assert torch.equal(losses, torch.zeros(6, dtype=torch.float64))
     assert not any(gradient.any() for gradient in gradients(losses, hidden, weight))
 
 
 def test_a_second_backward_finds_the_same_gradient() -> None:
     hidden, weight, labels = inputs(9)
-    total = linear_cross_entropy(hidden, weight, labels, SINGLE).sum()
+    total = linear_cross_entropy(hidden, weight, labels, SINGLE, 0).sum()
     first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
     for once, again in zip(first, torch.autograd.grad(total, (hidden, weight)), strict=True):
         assert torch.equal(once, again)
@@ -73,7 +73,7 @@ def test_float32_is_within_rounding_of_float64(scale: float) -> None:
     hidden, weight, labels = inputs(40, 300, scale)
     wanted = naive(hidden, weight, labels)
     single = [t.detach().float().requires_grad_() for t in (hidden, weight)]
-    found = linear_cross_entropy(*single, labels, SINGLE)
+    found = linear_cross_entropy(*single, labels, SINGLE, 0)
     assert (found - wanted).norm() < 1e-6 * wanted.norm()
     if scale == 1.0:  # softmax magnifies the rounding of large logits, here as in any implementation
         for ours, theirs in zip(gradients(found, *single), gradients(wanted, hidden, weight), strict=True):
@@ -86,7 +86,7 @@ def test_bfloat16_is_close_to_float32(amx: bool, monkeypatch: pytest.MonkeyPatch
     hidden, weight, labels = (t.detach() for t in inputs(40, 300))
     half = [t.bfloat16().requires_grad_() for t in (hidden, weight)]
     single = [t.detach().float().requires_grad_() for t in half]
-    found, wanted = (linear_cross_entropy(*leaves, labels, SINGLE) for leaves in (half, single))
+    found, wanted = (linear_cross_entropy(*leaves, labels, SINGLE, 0) for leaves in (half, single))
     assert found.dtype == torch.float32
     assert (found - wanted).abs().max() < 0.03
     for ours, theirs in zip(gradients(found, *half), gradients(wanted, *single), strict=True):
@@ -97,7 +97,7 @@ def test_bfloat16_is_close_to_float32(amx: bool, monkeypatch: pytest.MonkeyPatch
 def test_a_certain_prediction_keeps_its_small_gradient_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_amx", lambda: True)
     hidden, weight = torch.tensor([[8.0]]).bfloat16().requires_grad_(), torch.tensor([[0.5], [-0.5]]).bfloat16()
-    linear_cross_entropy(hidden, weight, torch.tensor([0]), SINGLE).sum().backward()
+    linear_cross_entropy(hidden, weight, torch.tensor([0]), SINGLE, 0).sum().backward()
     # softmax - 1 is -3.3e-4; from a softmax rounded to bfloat16 it would be 0.
     assert float(hidden.grad) == pytest.approx(-1.0 / (1.0 + 2.718281828**8), rel=0.01)
 
@@ -106,7 +106,7 @@ def test_what_is_not_finite_is_passed_on() -> None:
     hidden, weight, labels = inputs(4)
     broken = hidden.detach().clone()
     broken[1, 0] = float("inf")
-    losses = linear_cross_entropy(broken, weight, labels, SINGLE)
+    losses = linear_cross_entropy(broken, weight, labels, SINGLE, 0)
     assert not losses[1].isfinite() and losses[[0, 3]].isfinite().all()
 
 
@@ -142,9 +142,10 @@ def test_a_vocabulary_split_over_ranks(size: int, scale: float, monkeypatch: pyt
     hidden, weight, labels = inputs(9, scale=scale)
 
     def rank(index: int) -> tuple[Tensor, ...]:
-        leaf, part = hidden.detach().requires_grad_(), weight.detach().chunk(size)[index].requires_grad_()
         axis = Axis(SimpleNamespace(), index, size)  # type: ignore[arg-type]
-        losses = linear_cross_entropy(leaf, part, labels, axis)
+        rows = axis.part(VOCAB)
+        leaf, part = hidden.detach().requires_grad_(), weight.detach()[rows].requires_grad_()
+        losses = linear_cross_entropy(leaf, part, labels, axis, rows.start)
         return losses, *gradients(losses, leaf, part)
 
     results = meeting.run(rank)

@@ -28,6 +28,15 @@ def test_tensor_shards_are_slices_of_the_whole(dim: int, size: int) -> None:
     assert torch.equal(torch.cat(shards, dim), whole)
 
 
+def test_token_ids_are_split_into_parts_that_differ_by_one_at_most() -> None:
+    whole = values(Logical((11, 3), 0.5))
+    shards = [
+        values(Logical((11, 3), 0.5, tensor_dim=0, tensor=Axis(None, rank, 4), is_vocab=True)) for rank in range(4)
+    ]
+    assert torch.equal(torch.cat(shards), whole)
+    assert sorted(map(len, shards)) == [2, 3, 3, 3]
+
+
 def test_expert_shards_are_slices_of_the_whole_also_when_split_over_tensor_ranks() -> None:
     shape, options = (8, 3, 4, 5), {"is_expert": True}
     whole = values(Logical(shape, 0.5, **options))
