@@ -217,12 +217,7 @@ def draw_communication(results: Mapping[str, Settings], path: Path) -> None:
                 ha="right",
                 va="top",
             )
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("MB sent by each of five workers after the seed")
-    axes.set_ylabel("bits/byte less continued dense's")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    _save(figure, path)
+    _save_differences(figure, axes, "MB sent by each of five workers after the seed", path)
 
 
 def families_of_shares() -> dict[str, dict[float, str]]:
@@ -249,13 +244,8 @@ def draw_seed_lengths(results: Mapping[str, Settings], lengths: Mapping[str, flo
             points.sort()
             x, y, error, labels = zip(*points, strict=True)
             axes.errorbar(x, y, error, fmt="o-", capsize=3, label=labels[-1].partition(", seed")[0])
-    axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("length of the seed, times that of the table")
-    axes.set_ylabel("bits/byte less continued dense's")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    _save(figure, path)
+    _save_differences(figure, axes, "length of the seed, times that of the table", path)
 
 
 def draw_shares(results: Mapping[str, Settings], path: Path) -> None:
@@ -276,8 +266,13 @@ def draw_shares(results: Mapping[str, Settings], path: Path) -> None:
                     fmt=style, color=f"C{number}", capsize=3,
                     label=label + (", seed x 3" if prefix else ""),
                 )  # fmt: skip
+    _save_differences(figure, axes, "share of the budget in branches", path)
+
+
+def _save_differences(figure: Any, axes: Any, against: str, path: Path) -> None:
+    """With what all pictures of differences to continued dense against something have."""
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("share of the budget in branches")
+    axes.set_xlabel(against)
     axes.set_ylabel("bits/byte less continued dense's")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

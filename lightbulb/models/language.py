@@ -201,7 +201,8 @@ class LanguageConfig(Config):
         tensor, ulysses, expert = degrees.tensor, degrees.ulysses, degrees.expert
         if self.vocab_size < tensor:
             raise ValueError(
-                f"model.vocab_size {self.vocab_size} has no row for each rank of parallel.tensor {tensor}; lower that"
+                f"model.vocab_size {self.vocab_size} is less than parallel.tensor {tensor}; lower parallel.tensor to "
+                f"{self.vocab_size} or less"
             )
         if self.num_layers < degrees.stages:
             raise ValueError(

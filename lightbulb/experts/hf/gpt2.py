@@ -108,8 +108,8 @@ def check_gpt2(ours: LanguageConfig) -> None:
     odd = [name for name in type(plain).model_fields if getattr(attention, name) != getattr(plain, name)]
     odd += ["num_kv_heads"] if attention.kv_heads != attention.num_heads else []
     odd += ["head_dim"] if attention.width(ours.dim) * attention.num_heads != ours.dim else []
-    for name in odd:
-        raise InteropError(f"attention with {name} {getattr(attention, name)!r} is not GPT-2's")
+    if odd:
+        raise InteropError(f"attention with {odd[0]} {getattr(attention, odd[0])!r} is not GPT-2's")
     if channel.activation not in ACTIVATIONS.values():
         raise InteropError(f"activation {channel.activation!r} is not GPT-2's, which has gelu_tanh or gelu")
     if not channel.bias:
